@@ -1,0 +1,1 @@
+"""Lightning CLI recipes; ``zoo fit --config digits/dinat`` runs one by name."""

@@ -1,0 +1,1 @@
+"""Attention processors and denoisers for diffusers."""

@@ -1,0 +1,66 @@
+"""Neighborhood attention whose window covers the map: `scaled_dot_product_attention` within each residue class."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def covers_map(height: int, width: int, kernel_size, dilation, is_causal) -> bool:
+    """Whether every query sees its whole residue class, and all classes are of one size."""
+    return (
+        height == kernel_size[0] * dilation[0]
+        and width == kernel_size[1] * dilation[1]
+        and not is_causal[0]
+        and not is_causal[1]
+    )
+
+
+def neighborhood_attention_2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    rel_pos_bias: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See `zoo.kernels.neighborhood_attention_2d`; the map must be `kernel_size * dilation` on each side."""
+    batch, height, width, heads, dim = query.shape
+    rows, cols = kernel_size
+    d_rows, d_cols = dilation
+
+    def classes(x: Tensor) -> Tensor:
+        """[batch, height, width, heads, dim] -> [batch * classes, heads, tokens of a class, dim]."""
+        x = x.reshape(batch, rows, d_rows, cols, d_cols, heads, dim).permute(0, 2, 4, 5, 1, 3, 6)
+        return x.reshape(batch * d_rows * d_cols, heads, rows * cols, dim)
+
+    def repeated(x: Tensor) -> Tensor:
+        """[batch, extra, heads, dim] -> [batch * classes, heads, extra, dim]."""
+        return x.transpose(1, 2).repeat_interleave(d_rows * d_cols, dim=0)
+
+    q, k, v = classes(query), classes(key), classes(value)
+    bias = None
+    if rel_pos_bias is not None:
+        bias = dense_bias(rel_pos_bias.to(query.dtype), rows, cols)
+    if extra_key is not None:
+        k, v = torch.cat([k, repeated(extra_key)], dim=2), torch.cat([v, repeated(extra_value)], dim=2)
+        if bias is not None:
+            bias = F.pad(bias, (0, extra_key.shape[1]))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    out = out.reshape(batch, d_rows, d_cols, heads, rows, cols, dim).permute(0, 4, 1, 5, 2, 3, 6)
+    return out.reshape(query.shape)
+
+
+def dense_bias(rel_pos_bias: Tensor, rows: int, cols: int) -> Tensor:
+    """Bias table [heads, 2 * rows - 1, 2 * cols - 1] -> [heads, rows * cols, rows * cols], query by key."""
+
+    def offsets(n: int) -> Tensor:
+        i = torch.arange(n, device=rel_pos_bias.device)
+        return i[None, :] - i[:, None] + n - 1
+
+    index = offsets(rows)[:, None, :, None] * (2 * cols - 1) + offsets(cols)[None, :, None, :]
+    return rel_pos_bias.flatten(1).index_select(1, index.flatten()).view(-1, rows * cols, rows * cols)
