@@ -1,0 +1,145 @@
+"""Loading weights: a file that does not fit is refused before it changes the model, and the error says why."""
+
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
+from torch import nn
+
+__all__ = ["CheckedLoading", "build_model", "checkpoint_filter_fn"]
+
+_MAX_LISTED = 3  # offenders of each kind that an error names
+
+# What reading weights raises where they are missing, truncated, or not weights at all.
+_UNREADABLE = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    UnicodeDecodeError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+
+
+class CheckedLoading:
+    """Mixin before `nn.Module`: `load_state_dict` copies everything or nothing.
+
+    torch copies the entries that fit and then raises over the others, which leaves a mixture. A submodule that
+    understands other layouts of its entries has a method `adapt_state_dict(state_dict, prefix)`, which edits
+    `state_dict` in place; it is given a copy.
+    """
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load `state_dict`, which is not modified; see `torch.nn.Module.load_state_dict`.
+
+        Raises:
+            RuntimeError: A shape differs or, if `strict`, a key is missing or unexpected. The model is unchanged.
+            TypeError: `state_dict` is not a mapping.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
+        adapted = OrderedDict(state_dict)
+        metadata = getattr(state_dict, "_metadata", None)
+        if metadata is not None:
+            adapted._metadata = metadata  # versions of the modules' layouts, which torch reads from this attribute
+        for name, module in self.named_modules():
+            if hasattr(module, "adapt_state_dict"):
+                module.adapt_state_dict(adapted, f"{name}." if name else "")
+        problems = _mismatches(self, adapted, strict)
+        if problems:
+            raise RuntimeError("\n  ".join([f"weights do not fit {type(self).__name__}, nothing loaded:", *problems]))
+        return super().load_state_dict(adapted, strict=strict, assign=assign)
+
+
+def _mismatches(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> list[str]:
+    """What in `state_dict` does not fit `model`, and what would help; one line each."""
+    expected = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    common = [k for k in expected if k in state_dict]
+    problems = []
+
+    not_tensors = [f"{k} ({type(state_dict[k]).__name__})" for k in common if not _is_tensor(state_dict[k])]
+    if not_tensors:
+        problems.append(f"not tensors: {_listed(not_tensors)}")
+
+    reshaped = [k for k in common if _is_tensor(state_dict[k]) and state_dict[k].shape != expected[k].shape]
+    if reshaped:
+        shapes = [f"{k} is {list(state_dict[k].shape)}, the model's {list(expected[k].shape)}" for k in reshaped]
+        problems.append(f"other shapes: {_listed(shapes)}")
+        problems += _shape_hints(model, state_dict, reshaped)
+
+    if strict:
+        missing = [k for k in expected if k not in state_dict]
+        unexpected = [k for k in state_dict if k not in expected and not k.endswith("_extra_state")]
+        if missing:
+            problems.append(f"missing: {_listed(missing)}")
+        if unexpected:
+            problems.append(f"unexpected: {_listed(unexpected)}")
+        nested = [k for k in unexpected if isinstance(state_dict[k], Mapping)]
+        if nested:
+            problems.append(f"the weights may be under [{nested[0]!r}]")
+        elif not common and expected:
+            problems.append("no name in common: the weights are of another architecture")
+    return problems
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _listed(items: list[str]) -> str:
+    more = len(items) - _MAX_LISTED
+    return "; ".join(items[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _shape_hints(model: nn.Module, state_dict: Mapping[str, Any], reshaped: list[str]) -> list[str]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    classifier = f"{cfg.get('classifier', 'head')}.weight"
+    stem = f"{cfg.get('first_conv')}.weight"
+    hints = []
+    if classifier in reshaped:
+        hints.append(f"num_classes={state_dict[classifier].shape[0]} would fit {classifier}")
+    if stem in reshaped and state_dict[stem].ndim == 4:
+        hints.append(f"in_chans={state_dict[stem].shape[1]} would fit {stem}")
+    return hints
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A copy, since timm edits what it loads (stem, classifier). Published names need no change."""
+    return dict(state_dict)
+
+
+def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    """`timm.models.build_model_with_cfg`, with errors about weights that name where the weights came from.
+
+    Args:
+        model_cls: Class to build.
+        variant: Name of the model, without a tag.
+        pretrained: Whether to load weights.
+        **kwargs: See `timm.models.build_model_with_cfg`.
+
+    Raises:
+        FileNotFoundError: The file of the weights does not exist.
+        RuntimeError: The weights could not be fetched, are truncated, hold more than tensors, or do not fit.
+    """
+    built = []
+
+    def construct(**model_args):
+        built.append(model_cls(**model_args))
+        return built[-1]
+
+    try:
+        return build_model_with_cfg(construct, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    except _UNREADABLE as error:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        source = cfg.file or cfg.hf_hub_id or cfg.url
+        if not (pretrained and source and built):  # an error of the constructor
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else RuntimeError
+        detail = str(error) or "no such file"  # timm raises a bare FileNotFoundError
+        raise kind(f"could not load the weights of {variant} from {source}: {detail}") from error
