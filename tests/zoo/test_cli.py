@@ -1,0 +1,228 @@
+"""The command line: help, recipes by name, the table of models, and errors without stack traces."""
+
+import csv
+
+import pytest
+import timm
+import torch
+import yaml
+
+import zoo
+from zoo.cli import main
+from zoo.errors import UserError
+from zoo.models import describe, format_count, our_models, print_models, published_top1
+from zoo.recipes import list_recipes, resolve_recipe, resolve_recipes
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_help_fits_a_screen_and_names_every_command(capsys, args):
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 100
+    for command in ("fit", "validate", "test", "predict", "models", "demo"):
+        assert any(line.startswith(f"  {command} ") for line in lines), command
+    for recipe in list_recipes():
+        assert recipe in text
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"zoo {zoo.__version__}\n"
+
+
+def test_unknown_command(capsys):
+    assert main(["trian"]) == 2
+    assert "no command 'trian'; `zoo --help`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["models", "demo"])
+def test_command_help(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: zoo {command} ")
+
+
+class TestRecipes:
+    def test_packaged(self):
+        assert {"digits/dinat", "imagenet/dinat_tiny", "imagenet/eval"} <= set(list_recipes())
+
+    def test_found_by_name_from_anywhere(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert resolve_recipe("digits/dinat").endswith("configs/digits/dinat.yaml")
+        assert resolve_recipe("digits/dinat.yaml") == resolve_recipe("digits/dinat")
+
+    def test_a_file_wins(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "digits").mkdir()
+        (tmp_path / "digits" / "dinat.yaml").touch()
+        assert resolve_recipe("digits/dinat.yaml") == "digits/dinat.yaml"
+
+    @pytest.mark.parametrize("form", [["--config", "digits/dinat"], ["-c", "digits/dinat"], ["--config=digits/dinat"]])
+    def test_all_ways_to_name_one(self, form):
+        resolved = resolve_recipes(["fit", *form, "--model.lr", "1"])
+        assert resolved[0] == "fit"
+        assert resolved[-2:] == ["--model.lr", "1"]
+        assert resolved[-3].endswith("dinat.yaml")
+
+    def test_unknown(self, capsys):
+        assert main(["fit", "--config", "digits/dinta"]) == 2
+        error = capsys.readouterr().err
+        assert "'digits/dinta' is neither a file nor a recipe" in error
+        assert "imagenet/eval" in error
+
+    @pytest.mark.parametrize("recipe", list_recipes())
+    def test_parses_with_every_key_known(self, capsys, recipe):
+        command = "validate" if recipe.endswith("eval") else "fit"
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--config", recipe, "--model.lr", "0.5", "--print_config"])
+        assert exit_.value.code == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        given = yaml.safe_load(open(resolve_recipe(recipe)))
+        assert config["model"]["init_args"]["lr"] == 0.5
+        assert config["model"]["init_args"]["model_name"] == given["model"]["init_args"]["model_name"]
+        assert timm.is_model(config["model"]["init_args"]["model_name"])
+        assert config["trainer"]["default_root_dir"] == "runs"
+        assert config["seed_everything"] == 0
+
+    def test_later_configurations_win(self, capsys, tmp_path):
+        own = tmp_path / "own.yaml"
+        own.write_text("trainer: {max_epochs: 3}")
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", "digits/dinat", "--config", str(own), "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_epochs"] == 3
+
+    def test_unknown_key(self, capsys):
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", "--config", "digits/dinat", "--model.learning_rate", "1"])
+        assert exit_.value.code == 2
+        assert "learning_rate" in capsys.readouterr().err
+
+
+class TestModels:
+    def test_are_ours_only(self):
+        names = our_models()
+        assert "dinat_tiny.in1k" in names
+        assert not [name for name in names if name.startswith(("vit_", "resnet", "swin"))]
+        assert len(names) == len(set(names))
+
+    def test_described_as_built(self):
+        row = describe("test_dinat.untrained", {"test_dinat.untrained": 12.5})
+        model = timm.create_model("test_dinat")
+        assert row.parameters == sum(p.numel() for p in model.parameters())
+        assert row.input_size == (3, 96, 96)
+        assert row.top1 == 12.5
+        assert not row.has_weights
+        assert describe("nat_mini.in1k", {}).has_weights
+
+    def test_published_figures_are_of_known_models(self):
+        top1 = published_top1()
+        assert set(top1) <= set(our_models())
+        assert all(50 < value < 95 for value in top1.values())
+
+    @pytest.mark.parametrize(
+        ("pattern", "count"), [("test_dinat", 1), ("nat_mini.in1k", 2), ("nat_min?", 1), ("*_mini", 2)]
+    )
+    def test_pattern(self, capsys, pattern, count):
+        print_models(pattern)
+        out = capsys.readouterr().out
+        assert f"{count} model" in out
+        assert len([line for line in out.splitlines() if "│" in line]) == count
+
+    def test_table(self, capsys):
+        assert main(["models", "nat_mini"]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if "dinat_mini.in1k" in line)
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        top1 = published_top1().get("dinat_mini.in1k")
+        assert cells == ["dinat_mini.in1k", "20.0 M", "224 x 224", "" if top1 is None else f"{top1:.1f}", "published"]
+
+    def test_no_match(self, capsys):
+        assert main(["models", "resnet50"]) == 2
+        assert "none of our models matches 'resnet50'" in capsys.readouterr().err
+
+    def test_format_count(self):
+        assert [format_count(n) for n in (181_240, 999_499, 27_900_000)] == ["181 k", "999 k", "27.9 M"]
+
+
+class TestErrors:
+    """What users get wrong is answered in one line that names it."""
+
+    BASE = ("--config", "digits/dinat", "--model.model_name", "test_vit", "--data.image_size", "160")
+
+    def run(self, capsys, monkeypatch, tmp_path, *args):
+        monkeypatch.chdir(tmp_path)
+        assert main(list(args)) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("zoo: error: ")
+        return error
+
+    def test_unknown_model(self, capsys, monkeypatch, tmp_path):
+        args = ["fit", *self.BASE, "--model.model_name", "dinat_tinny"]
+        assert "did you mean dinat_tiny" in self.run(capsys, monkeypatch, tmp_path, *args)
+
+    def test_missing_data(self, capsys, monkeypatch, tmp_path):
+        args = ["fit", "--config", "imagenet/dinat_tiny", "--data.root", "nowhere"]
+        assert "no data folder nowhere" in self.run(capsys, monkeypatch, tmp_path, *args)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "does not exist"),
+            (b"", "truncated or damaged"),
+            (b"<html>404</html>", "truncated or damaged"),
+            ("cut", "truncated or damaged"),
+            ({"weight": torch.ones(2)}, "not a checkpoint of `zoo fit`: it holds 'weight'"),
+            ({"x": UserError}, "Python objects besides weights"),
+        ],
+    )
+    def test_bad_checkpoint(self, capsys, monkeypatch, tmp_path, content, message):
+        path = tmp_path / "bad.ckpt"
+        if content == "cut":
+            torch.save({"state_dict": {"x": torch.ones(10_000)}}, path)
+            path.write_bytes(path.read_bytes()[:20_000])
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        error = self.run(capsys, monkeypatch, tmp_path, "validate", *self.BASE, "--ckpt_path", str(path))
+        assert message in error
+        assert "bad.ckpt" in error
+        assert not (tmp_path / "runs").exists()  # before any work
+
+
+def test_fit_validate_predict(capsys, monkeypatch, tmp_path):
+    """The whole chain, as a user types it."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--config", "digits/dinat", "--data.batch_size", "8", "--trainer.enable_progress_bar", "false"]
+    base += ["--model.lr", "0"]  # so that no epoch is better than the first
+    fit = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
+    assert main(["fit", *base, *fit]) == 0
+    run = tmp_path / "runs" / "digits-dinat" / "version_0"
+    assert (run / "config.yaml").is_file()
+    with (run / "metrics.csv").open() as file:
+        columns = next(csv.reader(file))
+    assert {"train_loss_epoch", "train_top1", "val_loss", "val_top1"} <= set(columns)
+    assert list((tmp_path / "runs" / "tensorboard").rglob("events.out.*"))
+
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    last = run / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4  # of the last epoch, not of the best
+    assert main(["validate", *base, "--ckpt_path", str(last), "--trainer.limit_val_batches", "1"]) == 0
+    assert "val_top1" in capsys.readouterr().out
+
+    assert main(["predict", *base, "--ckpt_path", str(last), "--trainer.limit_predict_batches", "2"]) == 0
+    with next((tmp_path / "runs").rglob("predictions.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    assert all(row["label"] == row["class"] and 0.1 <= float(row["probability"]) <= 1 for row in rows)
+
+    other = [*base, "--model.model_name", "test_vit", "--ckpt_path", str(last)]
+    assert main(["validate", *other]) == 2
+    assert "last.ckpt holds a test_dinat, but the configuration asks for test_vit" in capsys.readouterr().err

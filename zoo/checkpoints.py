@@ -1,0 +1,70 @@
+"""Reading checkpoint files: safely, and with one clear error when a file is not what it should be."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from lightning.pytorch import LightningModule
+
+from zoo.errors import UserError
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, without running any code the file may hold.
+
+    Args:
+        path: A file written by ``torch.save`` (or a ``.safetensors`` file). Tensors are memory-mapped where the format
+            allows, so that checking a large file is cheap.
+
+    Raises:
+        UserError: The file is missing, truncated, or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist or is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            checkpoint = load_file(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except PermissionError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except Exception as error:  # zip, pickle and end-of-file errors: to the user they are all one thing
+        problem = "it is truncated or damaged, or not a file of PyTorch weights"
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            problem = "it holds Python objects besides weights, which are never loaded because they can run code"
+        raise UserError(f"cannot read checkpoint {path} ({path.stat().st_size:,} bytes): {problem}") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary of weights")
+    return checkpoint
+
+
+def read_lightning_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Like :func:`read_checkpoint`, for files written by Lightning's trainer."""
+    checkpoint = read_checkpoint(path)
+    if "state_dict" not in checkpoint or "pytorch-lightning_version" not in checkpoint:
+        keys = ", ".join(map(repr, list(checkpoint)[:4])) or "nothing"
+        raise UserError(
+            f"{path} is not a checkpoint of `zoo fit`: it holds {keys}{', ...' if len(checkpoint) > 4 else ''}. "
+            "A plain weights file goes to --model.checkpoint."
+        )
+    return checkpoint
+
+
+def check_fits(checkpoint: dict[str, Any], model: LightningModule, path: str | Path) -> None:
+    """Raise a :class:`UserError` unless the checkpoint's weights are those of ``model``, by name and shape."""
+    have = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    shapes = sorted(name for name in want.keys() & have.keys() if want[name] != have[name])
+    problems = [
+        f"{len(names)} {what} (first: {names[0]})"
+        for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise UserError(f"the weights in {path} do not fit the model: {'; '.join(problems)}")

@@ -1,0 +1,68 @@
+"""The command ``zoo``. Heavy imports wait until a command needs them."""
+
+import sys
+from argparse import ArgumentParser
+
+from zoo import __version__
+from zoo.errors import UserError
+from zoo.recipes import list_recipes
+
+HELP = """\
+usage: zoo <command> [options]
+
+Vision backbones and diffusion models on one layer of 2-D attention kernels.
+
+train and evaluate (Lightning's command line: `zoo fit --help` lists its options)
+  fit        train a model                    zoo fit --config digits/dinat
+  validate   measure on the validation data   zoo validate --config digits/dinat --ckpt_path x.ckpt
+  test       measure on the test data         zoo test --config digits/dinat --ckpt_path x.ckpt
+  predict    write each image's class         zoo predict --config digits/dinat --ckpt_path x.ckpt
+
+look around
+  models     list our models                  zoo models 'dinat_*'
+  demo       train on digits, draw pictures   zoo demo
+
+recipes, for --config (or the path of a YAML file of your own; later options win)
+  {recipes}
+
+  -h, --help     show this text
+  --version      show the version"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    try:
+        run(command, rest)
+    except UserError as error:
+        print(f"zoo: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run one command; mistakes of the user's are raised as :class:`UserError`."""
+    if command in ("-h", "--help", "help"):
+        print(HELP.format(recipes="  ".join(list_recipes())))
+    elif command == "--version":
+        print(f"zoo {__version__}")
+    elif command in ("fit", "validate", "test", "predict"):
+        from zoo.lightning_cli import RecipeCLI
+
+        RecipeCLI([command, *args])
+    elif command == "models":
+        parser = ArgumentParser("zoo models", description="List our models, with their published ImageNet-1k top-1.")
+        parser.add_argument("pattern", nargs="?", default="*", help="such as 'dinat_*', quoted, or any part of a name")
+        options = parser.parse_args(args)
+        from zoo.models import print_models
+
+        print_models(options.pattern)
+    elif command == "demo":
+        parser = ArgumentParser("zoo demo", description="Train a small DiNAT on digits, then draw what it learned.")
+        parser.add_argument("--seed", type=int, default=0, help="seed of the training run (default: 0)")
+        options = parser.parse_args(args)
+        from zoo.demo import run_demo
+
+        run_demo(options.seed)
+    else:
+        raise UserError(f"there is no command {command!r}; `zoo --help` lists them")

@@ -1,0 +1,159 @@
+"""The image classification task: any timm model, trained and evaluated by Lightning."""
+
+import difflib
+import math
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from timm.data import Mixup, resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import zoo  # noqa: F401  (registers our models, also where a checkpoint is loaded outside the command line)
+from zoo.checkpoints import read_checkpoint
+from zoo.errors import UserError
+
+
+class Classification(LightningModule):
+    """Train a timm model with AdamW, linear warm-up and a cosine schedule.
+
+    Args:
+        model_name: Any name that ``timm.create_model`` takes.
+        num_classes: Number of classes; the command line takes it from the data.
+        model_args: Further arguments for ``timm.create_model``, such as ``drop_path_rate`` or ``in_chans``.
+        pretrained: Start from the published weights.
+        checkpoint: Start from this weights file, in the authors' or in timm's format, instead of downloading.
+        lr: Peak learning rate, for the whole batch: it is not scaled by batch size or number of devices.
+        weight_decay: Applied to matrices and kernels; biases, norms and what the model exempts are left alone.
+        warmup_epochs: Epochs (or part of one) over which the learning rate rises from zero.
+        label_smoothing: Used in training only.
+        mixup: Strength (alpha) of mixup, 0 for none.
+        cutmix: Strength (alpha) of CutMix, 0 for none; with both, each batch gets one of them.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int = 1000,
+        model_args: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.1,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
+        super().__init__()
+        # Where the first weights came from is left out: a trained checkpoint must not fetch or need them again.
+        self.save_hyperparameters(ignore=["pretrained", "checkpoint"])
+        self.model = create_model(model_name, num_classes, model_args, pretrained, checkpoint)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup_epochs = warmup_epochs
+        self.label_smoothing = label_smoothing
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+
+        accuracy = {
+            f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k < num_classes
+        }
+        self.train_accuracy = MetricCollection(dict(accuracy), prefix="train_")
+        self.val_accuracy = self.train_accuracy.clone(prefix="val_")
+        self.test_accuracy = self.train_accuracy.clone(prefix="test_")
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """Input size, mean, standard deviation, crop and interpolation the model expects, in timm's terms."""
+        return resolve_model_data_config(self.model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.mix is None:
+            logits = self(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            self.train_accuracy.update(logits, labels)
+            self.log_dict(self.train_accuracy, on_step=False, on_epoch=True)
+        else:  # a mixed image has no single right class, so there is no accuracy to log
+            images, targets = self.mix(images, labels)
+            loss = F.cross_entropy(self(images), targets)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.val_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.test_accuracy)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], accuracy: MetricCollection) -> None:
+        images, labels = batch
+        if not len(labels):  # every image of the batch was unreadable
+            return
+        logits = self(images)
+        accuracy.update(logits, labels)
+        self.log_dict(accuracy, prog_bar=True, batch_size=len(labels))
+        loss = F.cross_entropy(logits, labels)
+        self.log(f"{accuracy.prefix}loss", loss, prog_bar=True, sync_dist=True, batch_size=len(labels))
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, Any], batch_idx: int) -> dict[str, Any]:
+        """Return each image's class probabilities, its most likely class and, where the data names images, its name."""
+        images, names = batch if isinstance(batch, (list, tuple)) else (batch, None)
+        if not len(images):
+            return {"name": [], "label": torch.empty(0, dtype=torch.long), "probability": torch.empty(0)}
+        probabilities = self(images).float().softmax(-1)
+        probability, label = probabilities.max(-1)
+        return {"name": names, "label": label, "probability": probability, "probabilities": probabilities}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = create_optimizer_v2(self.model, opt="adamw", lr=self.lr, weight_decay=self.weight_decay)
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise UserError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        batches_per_step = self.trainer.accumulate_grad_batches
+        warmup = round(self.warmup_epochs * math.ceil(self.trainer.num_training_batches / batches_per_step))
+
+        def factor(step: int) -> float:
+            return warmup_cosine(step, warmup, int(total))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Factor of the peak learning rate at ``step``: a line up over ``warmup`` steps, then a cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def create_model(
+    model_name: str,
+    num_classes: int,
+    model_args: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+) -> torch.nn.Module:
+    """``timm.create_model``, with a suggestion for a misspelt name and weights from a local file."""
+    if ":" not in model_name and not timm.is_model(model_name):  # "hf-hub:..." names are resolved by timm
+        close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"model_name: timm knows no model {model_name!r}{hint} (`zoo models` lists ours)")
+    model_args = dict(model_args or {})
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)
+        # timm's own loading path, so that the family's filter for the authors' files applies.
+        overlay = model_args.pop("pretrained_cfg_overlay", None) or {}
+        model_args["pretrained_cfg_overlay"] = {**overlay, "file": str(checkpoint)}
+    return timm.create_model(model_name, pretrained or checkpoint is not None, num_classes=num_classes, **model_args)
