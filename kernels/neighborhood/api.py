@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.neighborhood import dense, natten, reference
-from zoo.kernels.neighborhood import ops as _ops  # noqa: F401  (registers torch.ops.zoo)
+from zoo.kernels.neighborhood import dense, natten, ops, reference
 
-BACKENDS = ("auto", "reference", "tiled", "natten")
+BACKENDS = ("auto", "reference", "tiled", "triton", "natten")
 
 
 def neighborhood_attention_2d(
@@ -54,12 +53,12 @@ def neighborhood_attention_2d(
         extra_key: [batch, tokens, heads, head_dim], keys that every query sees, such as text; with `extra_value`.
         extra_value: Shape of `extra_key`.
         scale: Factor of the logits, `head_dim ** -0.5` by default.
-        backend: "auto" takes the fastest exact one; "reference", "tiled" or "natten" take that one or raise.
+        backend: "auto" takes the fastest exact one; "reference", "tiled", "triton" or "natten" take that one or raise.
 
     Returns:
-        [batch, height, width, heads, head_dim], dtype of `query`. Sums are accumulated in float32 or better. A value
-        that is not finite makes the outputs of the queries that see it nan, and no others. Gradients are of first
-        order; backend="reference" also has higher ones.
+        [batch, height, width, heads, head_dim], dtype of `query`. Sums are accumulated in float32 or better. A key
+        that is not finite reaches only the queries that see it; so does a value, except with "triton", where it may
+        reach the rest of their tile. Gradients are of first order; backend="reference" also has higher ones.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -86,12 +85,16 @@ def neighborhood_attention_2d(
         return reference.neighborhood_attention_2d(*tensors, kernel_size, dilation, stride, is_causal, *options)[0]
     if backend == "natten":
         return natten.neighborhood_attention_2d(*tensors, kernel_size, dilation, stride, is_causal, *options)[0]
-    if backend not in ("auto", "tiled"):
+    if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if dense.covers_map(height, width, kernel_size, dilation, is_causal):
+    obstacle = ops.why_not_triton(query)
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend='triton' {obstacle}")
+    fused = backend == "triton" or (backend == "auto" and query.is_cuda and obstacle is None)
+    if not fused and dense.covers_map(height, width, kernel_size, dilation, is_causal):
         return dense.neighborhood_attention_2d(*tensors, kernel_size, dilation, *options)
     return torch.ops.zoo.neighborhood_attention_2d(
-        *tensors, *options[:3], kernel_size, dilation, stride, is_causal, options[3]
+        *tensors, *options[:3], kernel_size, dilation, stride, is_causal, options[3], "triton" if fused else "tiled"
     )[0]
 
 

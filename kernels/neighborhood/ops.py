@@ -1,47 +1,76 @@
 """Registered torch operators behind `neighborhood_attention_2d`: compile, export, fx and TorchScript see one node.
 
 `zoo::neighborhood_attention_2d` takes the checked arguments of the public function and returns the output and the
-log-sum-exp of the logits; `zoo::neighborhood_attention_2d_backward` is its gradient. Both run on every device.
+log-sum-exp of the logits; `zoo::neighborhood_attention_2d_backward` is its gradient. `backend` is "triton", "tiled", or
+"auto" for the first of them that can run the call.
 """
+
+import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from zoo.kernels.neighborhood import tiled
 
-_GEOMETRY = "int[2] kernel_size, int[2] dilation, int[2] stride, bool[2] is_causal, float scale"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rel_pos_bias, Tensor? extra_key, Tensor? extra_value"
+_OPTIONS = 'int[2] kernel_size, int[2] dilation, int[2] stride, bool[2] is_causal, float scale, str backend="auto"'
 
-torch.library.define("zoo::neighborhood_attention_2d", f"({_INPUTS}, {_GEOMETRY}) -> (Tensor, Tensor)")
+torch.library.define("zoo::neighborhood_attention_2d", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 # Where an input is None its gradient is an empty tensor: operators cannot return optional tensors.
 torch.library.define(
     "zoo::neighborhood_attention_2d_backward",
-    f"(Tensor grad_out, Tensor grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_GEOMETRY}) "
+    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def why_not_triton(query: Tensor) -> str | None:
+    """What keeps the fused kernels from these tensors, or None."""
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs CUDA tensors, got {query.device.type}"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"needs float16, bfloat16 or float32, got {query.dtype}"
+    if query.shape[-1] > 256:
+        return f"needs a head_dim of at most 256, got {query.shape[-1]}"
+    if find_spec("triton") is None:
+        return "needs the triton package: `pip install triton`"
+    return None
 
 
-def _geometry(kernel_size, dilation, stride, is_causal):
-    return tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
+def _implementation(query: Tensor, backend: str):
+    if backend == "triton" or (backend == "auto" and query.is_cuda and why_not_triton(query) is None):
+        from zoo.kernels.neighborhood import triton
+
+        return triton
+    return tiled
 
 
 @torch.library.impl("zoo::neighborhood_attention_2d", "CompositeExplicitAutograd")
 def _forward(
-    query, key, value, rel_pos_bias, extra_key, extra_value, kernel_size, dilation, stride, is_causal, scale
-) -> tuple[Tensor, Tensor]:
-    geometry = _geometry(kernel_size, dilation, stride, is_causal)
-    return tiled.forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale)
+    query,
+    key,
+    value,
+    rel_pos_bias,
+    extra_key,
+    extra_value,
+    kernel_size,
+    dilation,
+    stride,
+    is_causal,
+    scale,
+    backend="auto",
+):
+    inputs = query, key, value, rel_pos_bias, extra_key, extra_value
+    geometry = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
+    with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
+        return _implementation(query, backend).forward(*inputs, geometry, scale)
 
 
 @torch.library.register_fake("zoo::neighborhood_attention_2d")
-def _forward_fake(
-    query, key, value, rel_pos_bias, extra_key, extra_value, kernel_size, dilation, stride, is_causal, scale
-):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query.dtype))
+def _forward_fake(query, *_):
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=lse_dtype)
 
 
 @torch.library.impl("zoo::neighborhood_attention_2d_backward", "CompositeExplicitAutograd")
@@ -61,33 +90,33 @@ def _backward(
     stride,
     is_causal,
     scale,
+    backend="auto",
 ):
-    geometry = _geometry(kernel_size, dilation, stride, is_causal)
     inputs = query, key, value, rel_pos_bias, extra_key, extra_value
-    grads = tiled.backward(grad_out, grad_lse, *inputs, out, lse, geometry, scale)
+    geometry = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
+    with torch.autocast(query.device.type, enabled=False):
+        grads = _implementation(query, backend).backward(grad_out, grad_lse, *inputs, out, lse, geometry, scale)
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @torch.library.register_fake("zoo::neighborhood_attention_2d_backward")
-def _backward_fake(
-    grad_out, grad_lse, query, key, value, rel_pos_bias, extra_key, extra_value, out, lse, *geometry_and_scale
-):
+def _backward_fake(grad_out, grad_lse, query, key, value, rel_pos_bias, extra_key, extra_value, *_):
     inputs = query, key, value, rel_pos_bias, extra_key, extra_value
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, kernel_size, dilation, stride, is_causal, scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.geometry_and_scale = kernel_size, dilation, stride, is_causal, scale
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.options = inputs[6:]
+    ctx.set_materialize_grads(False)  # the log-sum-exp seldom has a gradient
 
 
 def _autograd_backward(ctx, grad_out, grad_lse):
     *inputs, out, lse = ctx.saved_tensors
-    grads = torch.ops.zoo.neighborhood_attention_2d_backward(
-        grad_out, grad_lse, *inputs, out, lse, *ctx.geometry_and_scale
-    )
-    return *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)), *(None,) * 5
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.zoo.neighborhood_attention_2d_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.options)
+    return *(None if x is None else grad for x, grad in zip(inputs, grads)), *(None for _ in ctx.options)
 
 
 torch.library.register_autograd("zoo::neighborhood_attention_2d", _autograd_backward, setup_context=_setup_context)

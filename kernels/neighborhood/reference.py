@@ -40,10 +40,14 @@ def neighborhood_attention_2d(
     extra_key: Tensor | None,
     extra_value: Tensor | None,
     scale: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `zoo.kernels.neighborhood_attention_2d`; also returns the log-sum-exp [batch, height, width, heads]."""
+    """See `zoo.kernels.neighborhood_attention_2d`; also returns the log-sum-exp [batch, height, width, heads].
+
+    `dtype` is that of the arithmetic, at least float32 by default.
+    """
     _, height, width, _, _ = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = dtype or torch.promote_types(query.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (query, key, value))
 
     rows, row_offsets, row_visible = axis_windows(

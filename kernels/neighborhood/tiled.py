@@ -18,9 +18,9 @@ from torch import Tensor
 from zoo.kernels.neighborhood.window import class_length, window_end, window_start
 
 # Measured by scripts/bench_cpu.py: smaller tiles waste fewer products, larger ones run at a better rate.
-TILE = 8
-# Logits held at a time. 2**20 float32 are 4 MiB, about a second-level cache.
-CHUNK = 2**20
+TILE = 4
+# Logits held at a time. 2**19 float32 are 2 MiB, about a second-level cache.
+CHUNK = 2**19
 
 
 class AxisTiles(NamedTuple):
@@ -196,7 +196,9 @@ def backward(
     p = _Problem(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale)
     d_out = _heads_first(grad_out, p.dtype)
     # d logits = weights * (d weights - sum(weights * d weights)); the sum is out . d out, and lse adds its gradient.
-    shift = (out.to(p.dtype) * grad_out.to(p.dtype)).sum(-1, keepdim=True) - grad_lse.to(p.dtype).unsqueeze(-1)
+    shift = (out.to(p.dtype) * grad_out.to(p.dtype)).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        shift = shift - grad_lse.to(p.dtype).unsqueeze(-1)
     shift, lse = _heads_first(shift, p.dtype), _heads_first(lse.unsqueeze(-1), p.dtype)
     d_query, d_key, d_value = (torch.zeros_like(x) for x in (p.query, p.key, p.value))
     d_bias = None if p.bias is None else torch.zeros_like(p.bias)

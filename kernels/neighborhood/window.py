@@ -35,5 +35,43 @@ def window_end(query, length, kernel_size, stride, is_causal):
     if is_causal:
         end = query + 1
     else:
-        end = window_start(query, length, kernel_size, stride, is_causal) + kernel_size
+        leader = min(query // stride * stride + stride // 2, length - 1)
+        end = min(max(leader - kernel_size // 2, 0), length - kernel_size) + kernel_size
     return end
+
+
+def first_query(key, length, kernel_size, stride, is_causal):
+    """First member of a class of `length` members whose window holds member `key`."""
+    if is_causal:
+        first = key
+    else:
+        leader = key - (kernel_size - 1) + kernel_size // 2  # of the first group whose window ends after the key
+        group = (max(leader - stride // 2, 0) + stride - 1) // stride
+        first = min(group, (length - 1) // stride) * stride
+        first = first * (key >= kernel_size)  # the windows of the first members all start at 0
+    return first
+
+
+def last_query(key, length, kernel_size, stride, is_causal):
+    """Last member of a class of `length` members whose window holds member `key`; before the first where none does."""
+    if is_causal:
+        last = min((key + kernel_size - stride) // stride * stride + stride - 1, length - 1)
+        last = last + (length - 1 - last) * (key + kernel_size >= length)  # a last group cut short is led by its end
+    else:
+        last = min((key + kernel_size // 2 - stride // 2) // stride * stride + stride - 1, length - 1)
+        last = last + (length - 1 - last) * (
+            key + kernel_size >= length
+        )  # the windows of the last members all end there
+    return last
+
+
+def tile_pattern(tile, tile_size, members, head, tail):
+    """Number of the pattern in which tile `tile` of a class of `members` members sees its keys (or is seen by queries).
+
+    The windows of members below `head` and of the last `tail` are shifted; tiles that hold none of them look alike.
+    Patterns are numbered along the axis: those of the first tiles, that of the interior, those of the last tiles.
+    """
+    interior = (head + tile_size - 1) // tile_size
+    first_shifted = max(members - tail - tile_size + 1, 0)
+    first_tail = max((first_shifted + tile_size - 1) // tile_size, interior + 1)
+    return min(tile, interior) + max(tile - first_tail + 1, 0)

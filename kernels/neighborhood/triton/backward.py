@@ -1,0 +1,345 @@
+"""Fused backward pass. Weights are recomputed from the log-sum-exp; no sum is atomic, so runs repeat bit by bit.
+
+Three kernels: the gradient of the queries (query tiles, as in the forward pass), of keys and values (key tiles against
+the queries that see them), and of the extra tokens. That of the bias is in `bias`.
+"""
+
+import triton
+import triton.language as tl
+
+from zoo.kernels.neighborhood.triton.common import (
+    LOG2E,
+    UNROLLED,
+    class_base,
+    class_length,
+    keys_of_tile,
+    load,
+    locate,
+    mask_and_bias,
+    member_pointers,
+    queries_of_tile,
+    store,
+    tile_bias,
+    token_rows,
+)
+
+
+@triton.jit
+def query_kernel(
+    query,
+    q_strides,
+    key,
+    k_strides,
+    value,
+    v_strides,
+    bias,
+    bias_layout,
+    extra_key,
+    ek_strides,
+    extra_value,
+    ev_strides,
+    out,
+    o_strides,
+    lse,
+    d_out,
+    do_strides,
+    d_lse,
+    shift,  # [batch, height, width, heads], written for the other kernels: sum(out * d_out) - d_lse
+    d_query,
+    dq_strides,
+    height,
+    width,
+    heads,
+    dim,
+    extra,
+    tiles_y,
+    tiles_x,
+    dilation_y,
+    dilation_x,
+    scale,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    CAUSAL_Y: tl.constexpr,
+    CAUSAL_X: tl.constexpr,
+    PLAIN: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BIAS: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    M: tl.constexpr = TILE_Y * TILE_X
+    N: tl.constexpr = BLOCK_Y * BLOCK_X
+    batch, head, residue_y, residue_x, tile_y, tile_x = locate(
+        tl.program_id(0), heads, tiles_y, tiles_x, dilation_y, dilation_x
+    )
+    members_y = class_length(height, dilation_y, residue_y).to(tl.int32)
+    members_x = class_length(width, dilation_x, residue_x).to(tl.int32)
+    first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
+    if (first_y >= members_y) | (first_x >= members_x):
+        return
+
+    m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_D)
+    qy, qx = first_y + m // TILE_X, first_x + m % TILE_X
+    q_inside = (qy < members_y) & (qx < members_x)
+    qy, qx = tl.minimum(qy, members_y - 1), tl.minimum(qx, members_x - 1)  # keeps bias offsets in the table
+    q_base = class_base(query, q_strides, batch, head, residue_y, residue_x)
+    o_base = class_base(out, o_strides, batch, head, residue_y, residue_x)
+    do_base = class_base(d_out, do_strides, batch, head, residue_y, residue_x)
+    q = load(member_pointers(q_base, q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+    o = load(member_pointers(o_base, o_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+    do = load(member_pointers(do_base, do_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+    rows = token_rows(batch, head, residue_y, residue_x, qy, qx, height, width, heads, dilation_y, dilation_x)
+    q_lse = tl.load(lse + rows, mask=q_inside, other=0.0) * LOG2E
+    q_shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if HAS_D_LSE:
+        q_shift -= tl.load(d_lse + rows, mask=q_inside, other=0.0)
+    tl.store(shift + rows, q_shift, mask=q_inside)
+
+    start_y, end_y, low_y, high_y, full_low_y, full_high_y = keys_of_tile(
+        qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y
+    )
+    start_x, end_x, low_x, high_x, full_low_x, full_high_x = keys_of_tile(
+        qx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X
+    )
+    k_base = class_base(key, k_strides, batch, head, residue_y, residue_x)
+    v_base = class_base(value, v_strides, batch, head, residue_y, residue_x)
+    bias = tile_bias(
+        bias, bias_layout, head, heads, tile_y, tile_x, members_y, members_x,
+        KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, False, BIAS,
+    )  # fmt: skip
+
+    dq = tl.zeros([M, BLOCK_D], dtype=tl.float32)
+    blocks_x = tl.cdiv(high_x - low_x, BLOCK_X)
+    row_of_blocks = bias_layout[6] if BIAS == UNROLLED else blocks_x
+    for block in range(tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
+        row, col = block // blocks_x, block % blocks_x
+        block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
+        ky, kx = block_y + n // BLOCK_X, block_x + n % BLOCK_X
+        k_inside = (ky < high_y) & (kx < high_x)
+        k = load(member_pointers(k_base, k_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
+        v = load(member_pointers(v_base, v_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
+        full = (block_y >= full_low_y) & (block_y + BLOCK_Y <= full_high_y)
+        full = full & (block_x >= full_low_x) & (block_x + BLOCK_X <= full_high_x)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
+        logits = mask_and_bias(
+            logits, bias, row * row_of_blocks + col, m, n, qy, qx, ky, kx,
+            start_y, end_y, start_x, end_x, low_y, low_x, full,
+            KERNEL_Y, KERNEL_X, M, N, False, BIAS, BITS,
+        )  # fmt: skip
+        weights = tl.exp2(logits)
+        d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        d_logits = weights * (d_weights - q_shift[:, None])
+        dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    if HAS_EXTRA:
+        ek_base = class_base(extra_key, ek_strides, batch, head, 0, 0)
+        ev_base = class_base(extra_value, ev_strides, batch, head, 0, 0)
+        for first in range(0, extra, BLOCK_E):
+            token = first + tl.arange(0, BLOCK_E)
+            k = load(member_pointers(ek_base, ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+            v = load(member_pointers(ev_base, ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
+            weights = tl.exp2(tl.where((token < extra)[None, :], logits, float("-inf")))
+            d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            d_logits = weights * (d_weights - q_shift[:, None])
+            dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    dq_base = class_base(d_query, dq_strides, batch, head, residue_y, residue_x)
+    dq_pointers = member_pointers(dq_base, dq_strides, qy, qx, d, dilation_y, dilation_x)
+    store(dq_pointers, dq * scale, q_inside, d, dim, EVEN_D)
+
+
+@triton.jit
+def key_value_kernel(
+    query,
+    q_strides,
+    key,
+    k_strides,
+    value,
+    v_strides,
+    bias,
+    bias_layout,
+    lse,
+    d_out,
+    do_strides,
+    shift,
+    d_key,
+    dk_strides,
+    d_value,
+    dv_strides,
+    height,
+    width,
+    heads,
+    dim,
+    tiles_y,
+    tiles_x,
+    dilation_y,
+    dilation_x,
+    scale,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    CAUSAL_Y: tl.constexpr,
+    CAUSAL_X: tl.constexpr,
+    PLAIN: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BIAS: tl.constexpr,
+    BITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Here the tile holds keys (M) and the blocks queries (N); logits are [M, N], the transpose of the forward's."""
+    M: tl.constexpr = TILE_Y * TILE_X
+    N: tl.constexpr = BLOCK_Y * BLOCK_X
+    batch, head, residue_y, residue_x, tile_y, tile_x = locate(
+        tl.program_id(0), heads, tiles_y, tiles_x, dilation_y, dilation_x
+    )
+    members_y = class_length(height, dilation_y, residue_y).to(tl.int32)
+    members_x = class_length(width, dilation_x, residue_x).to(tl.int32)
+    first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
+    if (first_y >= members_y) | (first_x >= members_x):
+        return
+
+    m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_D)
+    ky, kx = first_y + m // TILE_X, first_x + m % TILE_X
+    k_inside = (ky < members_y) & (kx < members_x)
+    ky, kx = tl.minimum(ky, members_y - 1), tl.minimum(kx, members_x - 1)
+    k_base = class_base(key, k_strides, batch, head, residue_y, residue_x)
+    v_base = class_base(value, v_strides, batch, head, residue_y, residue_x)
+    k = load(member_pointers(k_base, k_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
+    v = load(member_pointers(v_base, v_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
+
+    start_y, end_y, low_y, high_y, full_low_y, full_high_y = queries_of_tile(
+        ky, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y
+    )
+    start_x, end_x, low_x, high_x, full_low_x, full_high_x = queries_of_tile(
+        kx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X
+    )
+    q_base = class_base(query, q_strides, batch, head, residue_y, residue_x)
+    do_base = class_base(d_out, do_strides, batch, head, residue_y, residue_x)
+    bias = tile_bias(
+        bias, bias_layout, head, heads, tile_y, tile_x, members_y, members_x,
+        KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, True, BIAS,
+    )  # fmt: skip
+
+    dk = tl.zeros([M, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([M, BLOCK_D], dtype=tl.float32)
+    blocks_x = tl.cdiv(high_x - low_x, BLOCK_X)
+    row_of_blocks = bias_layout[6] if BIAS == UNROLLED else blocks_x
+    for block in range(tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
+        row, col = block // blocks_x, block % blocks_x
+        block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
+        qy, qx = block_y + n // BLOCK_X, block_x + n % BLOCK_X
+        q_inside = (qy < high_y) & (qx < high_x)
+        q = load(member_pointers(q_base, q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+        do = load(member_pointers(do_base, do_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+        rows = token_rows(batch, head, residue_y, residue_x, qy, qx, height, width, heads, dilation_y, dilation_x)
+        q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * LOG2E  # no weight outside
+        q_shift = tl.load(shift + rows, mask=q_inside, other=0.0)
+        full = (block_y >= full_low_y) & (block_y + BLOCK_Y <= full_high_y)
+        full = full & (block_x >= full_low_x) & (block_x + BLOCK_X <= full_high_x)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) - q_lse[None, :]
+        logits = mask_and_bias(
+            logits, bias, row * row_of_blocks + col, m, n, ky, kx, qy, qx,
+            start_y, end_y, start_x, end_x, low_y, low_x, full,
+            KERNEL_Y, KERNEL_X, M, N, True, BIAS, BITS,
+        )  # fmt: skip
+        weights = tl.exp2(logits)
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+        d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        d_logits = weights * (d_weights - q_shift[None, :])
+        dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    dk_base = class_base(d_key, dk_strides, batch, head, residue_y, residue_x)
+    dv_base = class_base(d_value, dv_strides, batch, head, residue_y, residue_x)
+    dk_pointers = member_pointers(dk_base, dk_strides, ky, kx, d, dilation_y, dilation_x)
+    dv_pointers = member_pointers(dv_base, dv_strides, ky, kx, d, dilation_y, dilation_x)
+    store(dk_pointers, dk * scale, k_inside, d, dim, EVEN_D)
+    store(dv_pointers, dv, k_inside, d, dim, EVEN_D)
+
+
+@triton.jit
+def extra_kernel(
+    query,
+    q_strides,
+    extra_key,
+    ek_strides,
+    extra_value,
+    ev_strides,
+    lse,
+    d_out,
+    do_strides,
+    shift,
+    d_extra_key,  # [parts, batch, extra, heads, dim] float32, contiguous; the caller sums the parts
+    d_extra_value,
+    batches,
+    tokens,
+    width,
+    heads,
+    dim,
+    extra,
+    part_tokens,
+    scale,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    head = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    blocks = tl.cdiv(extra, BLOCK_E)
+    block = pid % blocks
+    pid = pid // blocks
+    batch = (pid % batches).to(tl.int64)
+    part = (pid // batches).to(tl.int64)
+
+    token = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    inside = token < extra
+    ek_base = class_base(extra_key, ek_strides, batch, head, 0, 0)
+    ev_base = class_base(extra_value, ev_strides, batch, head, 0, 0)
+    k = load(member_pointers(ek_base, ek_strides, token, token * 0, d, 1, 1), inside, d, dim, EVEN_D)
+    v = load(member_pointers(ev_base, ev_strides, token, token * 0, d, 1, 1), inside, d, dim, EVEN_D)
+    q_base = class_base(query, q_strides, batch, head, 0, 0)
+    do_base = class_base(d_out, do_strides, batch, head, 0, 0)
+
+    dk = tl.zeros([BLOCK_E, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_E, BLOCK_D], dtype=tl.float32)
+    stop = tl.minimum(part * part_tokens + part_tokens, tokens)
+    for first in range(part * part_tokens, stop, BLOCK_N):
+        place = first + n
+        q_inside = place < stop
+        q = load(member_pointers(q_base, q_strides, place // width, place % width, d, 1, 1), q_inside, d, dim, EVEN_D)
+        do = load(
+            member_pointers(do_base, do_strides, place // width, place % width, d, 1, 1), q_inside, d, dim, EVEN_D
+        )
+        rows = (batch * tokens + place) * heads + head
+        q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * LOG2E
+        q_shift = tl.load(shift + rows, mask=q_inside, other=0.0)
+        weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) - q_lse[None, :])
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+        d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        d_logits = weights * (d_weights - q_shift[None, :])
+        dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    to = ((part * batches + batch) * extra + token) * heads + head
+    store(d_extra_key + to[:, None] * dim + d[None, :], dk * scale, inside, d, dim, EVEN_D)
+    store(d_extra_value + to[:, None] * dim + d[None, :], dv, inside, d, dim, EVEN_D)

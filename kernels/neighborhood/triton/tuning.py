@@ -1,0 +1,60 @@
+"""Tile sizes of the fused kernels. Any entry computes the same function; the table only says which is fast.
+
+`tuning.json` is written by scripts/tune_kernels.py, one part per compute capability. Devices and problems that it does
+not know take a default that fits every GPU.
+"""
+
+import json
+from functools import lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """A tile of `tile_y * tile_x` rows against blocks of `block_y * block_x`: powers of two, products at least 16."""
+
+    tile_y: int
+    tile_x: int
+    block_y: int
+    block_x: int
+    num_warps: int
+    num_stages: int
+
+    def tile_options(self) -> dict:
+        """The tile as keyword arguments of a kernel."""
+        return {"TILE_Y": self.tile_y, "TILE_X": self.tile_x, "BLOCK_Y": self.block_y, "BLOCK_X": self.block_x}
+
+    def options(self) -> dict:
+        """The tile and how to compile for it."""
+        return self.tile_options() | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@lru_cache
+def _table() -> dict:
+    return json.loads((files(__package__) / "tuning.json").read_text())
+
+
+@lru_cache
+def _capability(device: torch.device) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else ""
+
+
+@lru_cache(maxsize=256)
+def config(
+    kernel: str, kernel_size: tuple[int, int], dim: int, dtype: torch.dtype, has_bias: bool, device: torch.device
+) -> Config:
+    """Tile sizes for one kernel: "forward", "query", "key_value" or "bias"."""
+    if dtype.itemsize > 2 or dim > 128:
+        return Config(4, 8, 2, 16, 4, 1)
+    # The entry of the nearest window among those of the smallest head dimension that holds `dim`.
+    entries = [
+        entry
+        for entry in _table().get(_capability(device), [])
+        if entry["kernel"] == kernel and entry["dim"] >= dim and (kernel == "bias" or entry["bias"] == has_bias)
+    ]
+    if not entries:
+        return Config(8, 8, 4, 16, 4, 2)
+    nearest = min(entries, key=lambda e: (e["dim"], abs(e["window"] - max(kernel_size))))
+    return Config(*nearest["config"])
