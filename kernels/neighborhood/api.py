@@ -91,7 +91,8 @@ def neighborhood_attention_2d(
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend='triton' {obstacle}")
     fused = backend == "triton" or (backend == "auto" and query.is_cuda and obstacle is None)
-    if not fused and dense.covers_map(height, width, kernel_size, dilation, is_causal):
+    # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
+    if not fused and query.shape[0] > 0 and dense.covers_map(height, width, kernel_size, dilation, is_causal):
         return dense.neighborhood_attention_2d(*tensors, kernel_size, dilation, *options)
     return torch.ops.zoo.neighborhood_attention_2d(
         *tensors, *options[:3], kernel_size, dilation, stride, is_causal, options[3], "triton" if fused else "tiled"

@@ -259,6 +259,16 @@ def test_dense_and_tiled_code_agree():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_empty_batch(kernel_size, backend):
+    qkv, options = make((0, 5, 5, 2, 4), (kernel_size, kernel_size), extra=2)
+    out, *grads = outputs_and_grads(qkv, options, kernel_size, backend=backend)
+    assert out.shape == (0, 5, 5, 2, 4)
+    assert [g.shape for g in grads] == [x.shape for x in (*qkv, *options.values())]
+    assert not grads[3].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [(12, 9), (13, 11)])
 def test_dilation_is_attention_within_each_residue_class(size, backend):
     (q, k, v), options = make((1, *size, 2, 4), (3, 3), grad=False)
