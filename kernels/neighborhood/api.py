@@ -23,8 +23,9 @@ def neighborhood_attention_2d(
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every token of a 2-D map to the window of tokens around it.
 
     Along each axis, token `i` belongs to the residue class `i % dilation` and attends to `kernel_size` consecutive
@@ -53,10 +54,13 @@ def neighborhood_attention_2d(
         extra_key: [batch, tokens, heads, head_dim], keys that every query sees, such as text; with `extra_value`.
         extra_value: Shape of `extra_key`.
         scale: Factor of the logits, `head_dim ** -0.5` by default.
+        return_lse: Whether to return the log-sum-exp of the logits too, with which results over other keys can be
+            merged. It is differentiable.
         backend: "auto" takes the fastest exact one; "reference", "tiled", "triton" or "natten" take that one or raise.
 
     Returns:
-        [batch, height, width, heads, head_dim], dtype of `query`. Sums are accumulated in float32 or better. A key
+        [batch, height, width, heads, head_dim], dtype of `query`; with `return_lse` also the log-sum-exp
+        [batch, height, width, heads], float32 or better. Sums are accumulated in float32 or better. A key
         that is not finite reaches only the queries that see it; so does a value, except with "triton", where it may
         reach the rest of their tile. Gradients are of first order; backend="reference" also has higher ones.
 
@@ -79,24 +83,28 @@ def neighborhood_attention_2d(
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
 
-    tensors = query, key, value
-    options = rel_pos_bias, extra_key, extra_value, float(scale)
-    if backend == "reference":
-        return reference.neighborhood_attention_2d(*tensors, kernel_size, dilation, stride, is_causal, *options)[0]
-    if backend == "natten":
-        return natten.neighborhood_attention_2d(*tensors, kernel_size, dilation, stride, is_causal, *options)[0]
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+    tensors, geometry = (query, key, value), (kernel_size, dilation, stride, is_causal)
+    options = rel_pos_bias, extra_key, extra_value, float(scale)
+    if backend in ("reference", "natten"):
+        module = reference if backend == "reference" else natten
+        out, lse = module.neighborhood_attention_2d(*tensors, *geometry, *options)
+        return (out, lse) if return_lse else out
+
     obstacle = ops.why_not_triton(query)
     if backend == "triton" and obstacle is not None:
         raise ValueError(f"backend='triton' {obstacle}")
     fused = backend == "triton" or (backend == "auto" and query.is_cuda and obstacle is None)
+    covers_map = dense.covers_map(height, width, kernel_size, dilation, is_causal)
     # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
-    if not fused and query.shape[0] > 0 and dense.covers_map(height, width, kernel_size, dilation, is_causal):
+    if covers_map and not fused and not return_lse and query.shape[0] > 0:
         return dense.neighborhood_attention_2d(*tensors, kernel_size, dilation, *options)
-    return torch.ops.zoo.neighborhood_attention_2d(
-        *tensors, *options[:3], kernel_size, dilation, stride, is_causal, options[3], "triton" if fused else "tiled"
-    )[0]
+    out, lse = torch.ops.zoo.neighborhood_attention_2d(
+        *tensors, *options[:3], *geometry, options[3], "triton" if fused else "tiled"
+    )
+    return (out, lse) if return_lse else out
 
 
 def _check_tensors(query, key, value, extra_key, extra_value) -> None:

@@ -306,12 +306,28 @@ def test_weights_sum_to_one(backend):
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-13)
 
 
-def test_log_sum_exp():
-    qkv, options = make((2, 9, 11, 2, 8), (3, 5), extra=2, grad=False)
-    geometry = (3, 5), (2, 1), (1, 1), (False, True)
-    _, expected = reference.neighborhood_attention_2d(*qkv, *geometry, *options.values(), 0.5)
-    _, lse = torch.ops.zoo.neighborhood_attention_2d(*qkv, *options.values(), *geometry, 0.5)
-    torch.testing.assert_close(lse, expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("kernel_size", [(3, 5), (9, 11)])
+def test_log_sum_exp(kernel_size):
+    qkv, options = make((2, 9, 11, 2, 8), kernel_size, extra=2)
+    inputs = (*qkv, *options.values())
+    results = [neighborhood_attention_2d(*qkv, kernel_size, **options, return_lse=True, backend=b)[1] for b in BACKENDS]
+    grads = [torch.autograd.grad(lse.square().sum(), inputs, allow_unused=True) for lse in results]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    assert results[0].shape == (2, 9, 11, 2)
+    assert not any(g.any() for g in (grads[1][2], grads[1][5]))  # values do not enter
+    for i in (0, 1, 3, 4):
+        torch.testing.assert_close(grads[0][i], grads[1][i], rtol=0, atol=1e-10)
+
+
+def test_merging_by_log_sum_exp():
+    """Attention over window and extra tokens, put together from attention over either."""
+    (q, k, v), options = make((1, 8, 9, 2, 4), (3, 3), bias=False, extra=5, grad=False)
+    whole = neighborhood_attention_2d(q, k, v, 3, **options)
+    window, window_lse = neighborhood_attention_2d(q, k, v, 3, return_lse=True)
+    logits = torch.einsum("bhwnd,btnd->bhwnt", q, options["extra_key"]) * 4**-0.5
+    tokens = torch.einsum("bhwnt,btnd->bhwnd", logits.softmax(-1), options["extra_value"])
+    share = (window_lse - logits.logsumexp(-1)).sigmoid().unsqueeze(-1)
+    torch.testing.assert_close(share * window + (1 - share) * tokens, whole, rtol=0, atol=1e-13)
 
 
 # Numbers that are not nice
