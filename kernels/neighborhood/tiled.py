@@ -17,7 +17,8 @@ from torch import Tensor
 
 from zoo.kernels.neighborhood.window import class_length, window_end, window_start
 
-# Measured by scripts/bench_cpu.py: smaller tiles waste fewer products, larger ones run at a better rate.
+# Of 4, 6, 8 and 10 the fastest for windows of 3 to 13 on two CPU cores: larger tiles waste more products on keys that
+# a query does not see.
 TILE = 4
 # Logits held at a time. 2**19 float32 are 2 MiB, about a second-level cache.
 CHUNK = 2**19
