@@ -93,10 +93,9 @@ def neighborhood_attention_2d(
         out, lse = module.neighborhood_attention_2d(*tensors, *geometry, *options)
         return (out, lse) if return_lse else out
 
-    obstacle = ops.why_not_triton(query)
-    if backend == "triton" and obstacle is not None:
+    if backend == "triton" and (obstacle := ops.why_not_triton(query)) is not None:
         raise ValueError(f"backend='triton' {obstacle}")
-    fused = backend == "triton" or (backend == "auto" and query.is_cuda and obstacle is None)
+    fused = ops.takes_triton(query, backend)
     covers_map = dense.covers_map(height, width, kernel_size, dilation, is_causal)
     # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
     if covers_map and not fused and not return_lse and query.shape[0] > 0:

@@ -25,6 +25,9 @@ torch.library.define(
 )
 
 
+_HAS_TRITON = find_spec("triton") is not None  # once: calls are hot, and compilers cannot trace the search
+
+
 def why_not_triton(query: Tensor) -> str | None:
     """What keeps the fused kernels from these tensors, or None."""
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -33,13 +36,18 @@ def why_not_triton(query: Tensor) -> str | None:
         return f"needs float16, bfloat16 or float32, got {query.dtype}"
     if query.shape[-1] > 256:
         return f"needs a head_dim of at most 256, got {query.shape[-1]}"
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "needs the triton package: `pip install triton`"
     return None
 
 
+def takes_triton(query: Tensor, backend: str) -> bool:
+    """Whether a call with this backend runs the fused kernels."""
+    return backend == "triton" or (backend == "auto" and query.is_cuda and why_not_triton(query) is None)
+
+
 def _implementation(query: Tensor, backend: str):
-    if backend == "triton" or (backend == "auto" and query.is_cuda and why_not_triton(query) is None):
+    if takes_triton(query, backend):
         from zoo.kernels.neighborhood import triton
 
         return triton
