@@ -3,7 +3,8 @@
     python scripts/tune_kernels.py [--output kernels/neighborhood/triton/tuning.json]
 
 Every candidate is compiled beforehand on all processor cores, compared with the default's result, and timed alone
-(median). Only the part of the table that belongs to this GPU's compute capability is replaced. bfloat16.
+(median; that of the bias includes what its kernel makes on the way). Only the part of the table that belongs to this
+GPU's compute capability is replaced. bfloat16.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from zoo.kernels.neighborhood.triton.tuning import Config
 # batch, height, width, heads, head_dim, kernel_size, dilation, with bias as well
 PROBLEMS = [
     (128, 56, 56, 2, 32, 7, 1, True),
-    (128, 7, 7, 16, 32, 7, 1, True),
+    (128, 56, 56, 2, 32, 7, 8, True),
     (16, 96, 96, 6, 32, 11, 1, True),
     (8, 256, 256, 4, 64, 7, 1, True),
     (4, 128, 128, 8, 64, 13, 1, True),
@@ -37,20 +38,27 @@ KERNELS = ("forward", "query", "key_value", "bias")
 DEFAULT = Config(8, 8, 4, 16, 4, 2)
 
 
-def candidates(kernel: str, dim: int, window: int) -> list[Config]:
+def span(problem) -> int:
+    """What `tuning.config` goes by."""
+    return min(problem[5] + 7, -(-problem[1] // problem[6]))
+
+
+def candidates(kernel: str, dim: int, span: int) -> list[Config]:
     """Tile sizes worth trying."""
+    if span <= 8:
+        return [Config(8, 8, 8, 8, warps, stages) for warps in (2, 4, 8) for stages in (1, 2, 3)]
     if dim <= 64:
-        tiles = [(8, 8)] if window <= 9 else [(8, 8), (16, 4)]
-        blocks = [(2, 16), (4, 16), (8, 16)]
+        tiles = [(8, 8)] if span <= 16 else [(8, 8), (16, 4)]
+        blocks = [(2, 16), (4, 16), (8, 16)] + [(16, 16)] * (span <= 16)
     else:
         tiles = [(8, 8), (8, 16), (16, 8), (16, 16)] if kernel != "key_value" else [(8, 8), (8, 16), (16, 8)]
         blocks = [(2, 16), (4, 16), (8, 16)] if kernel == "forward" else [(2, 16), (4, 16)]
-    if kernel == "bias":  # one accumulator a pair: more warps pay
-        blocks = [(4, 16), (8, 16), (16, 16)] if window <= 9 else [(2, 16), (4, 16), (8, 16)]
     found = []
-    for tile, block, stages in itertools.product(tiles, blocks, (2, 3)):
-        rows = tile[0] * tile[1]
-        for warps in {64: (4, 8) if kernel == "bias" else (4,), 128: (4, 8) if dim <= 64 else (8,), 256: (8,)}[rows]:
+    for tile, block, stages in itertools.product(tiles, blocks, (1, 2, 3)):
+        rows, pairs = tile[0] * tile[1], tile[0] * tile[1] * block[0] * block[1]
+        if stages == 1 and pairs < 64 * 128:
+            continue  # several blocks a tile: nothing would overlap
+        for warps in {64: (4, 8) if pairs >= 64 * 128 else (4,), 128: (4, 8) if dim <= 64 else (8,), 256: (8,)}[rows]:
             found.append(Config(*tile, *block, warps, stages))
     return found
 
@@ -80,25 +88,33 @@ def calls(problem, has_bias: bool) -> dict:
         fused._key_value_gradients(p, lse, grad_out, shift, *grads[1:])
         return grads[1:]
 
+    def rest():
+        """Of the bias; with it of the queries, and of keys and values where one kernel makes them all."""
+        d_bias, has_keys = fused._query_and_bias_gradients(p, out, lse, grad_out, None, shift, *grads)
+        return [x for x in (d_bias, *grads[: 3 if has_keys else 1]) if x is not None]
+
     found = {"forward": lambda: fused.forward(*arguments)[:1], "query": query, "key_value": key_value}
-    if has_bias:
-        found["bias"] = lambda: [fused._bias_gradient(p, lse, grad_out, shift)]
+    if has_bias or span(problem) <= 8:
+        found["bias"] = rest
     return found
 
 
-def use(config: Config | None) -> None:
-    """Make every launch take `config`."""
-    tuning.config = lambda *_: config or DEFAULT
+BEST = {}  # kernel -> config
+
+
+def use(kernel: str, config: Config) -> None:
+    """Make every launch of `kernel` take `config`, and those of others the best found so far."""
+    tuning.config = lambda name, *_: config if name == kernel else BEST.get(name, DEFAULT)
 
 
 def compile_one(job) -> str | None:
     """In a worker: compile one candidate into the disk cache. Returns what is wrong with it."""
     problem, has_bias, kernel, config = job
     small = (min(problem[0], 16), *problem[1:])  # the batch is not compiled in
-    use(None)
+    use(kernel, DEFAULT)
     try:
         call = calls(small, has_bias)[kernel]
-        use(config)
+        use(kernel, config)
         call()
         torch.cuda.synchronize()
     except Exception as error:  # out of shared memory or registers: a candidate that does not exist here
@@ -119,8 +135,8 @@ def main() -> None:
         for problem in problems
         for has_bias in ((False, True) if problem[7] else (False,))
         for kernel in KERNELS
-        if has_bias or kernel != "bias"
-        for config in candidates(kernel, problem[4], problem[5])
+        if kernel == "forward" or (has_bias or kernel != "bias" if span(problem) > 8 else kernel == "bias")
+        for config in candidates(kernel, problem[4], span(problem))
     ]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         wrong = dict(zip(jobs, pool.map(compile_one, jobs, chunksize=4)))
@@ -130,7 +146,7 @@ def main() -> None:
 
     entries = []
     for (problem, has_bias, kernel), group in itertools.groupby(jobs, key=lambda job: job[:3]):
-        use(None)
+        use(kernel, DEFAULT)
         call = calls(problem, has_bias)[kernel]
         expected = [x.float().clone() for x in call()]
         default = triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median")
@@ -138,7 +154,7 @@ def main() -> None:
         for job in group:
             if wrong[job]:
                 continue
-            use(job[3])
+            use(kernel, job[3])
             same = all((x.float() - y).abs().max() <= 0.02 * y.abs().max() for x, y in zip(call(), expected))
             if not same:
                 print("WRONG", *job)
@@ -146,10 +162,11 @@ def main() -> None:
             timed.append((triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median"), job[3]))
         timed.sort()
         best, config = timed[0]
+        BEST[kernel] = config
         print(problem, "bias" if has_bias else "no bias", kernel, f"default {default:.3f}", end=" ")
         print(*(f"{t:.3f} {tuple(c)}" for t, c in timed[:4]), sep="; ", flush=True)
-        entries.append({"kernel": kernel, "bias": has_bias, "dim": problem[4], "window": problem[5]})
-        entries[-1] |= {"map": problem[1], "config": list(config), "ms": round(best, 4)}
+        entries.append({"kernel": kernel, "bias": has_bias, "dim": problem[4], "span": span(problem)})
+        entries[-1] |= {"config": list(config), "ms": round(best, 4)}
 
     known = json.loads(table.read_text())
     known[".".join(map(str, torch.cuda.get_device_capability()))] = entries

@@ -15,6 +15,12 @@ def class_length(length, dilation, residue):
     return (length - residue + dilation - 1) // dilation
 
 
+def classes_of_kind(kind, length, dilation):
+    """First residue and number of the classes of the most members (kind 0) or of one member fewer (kind 1)."""
+    longest = (length + dilation - 1) % dilation + 1
+    return longest * kind, longest + (dilation - 2 * longest) * kind
+
+
 def window_start(query, length, kernel_size, stride, is_causal):
     """First key that member `query` of a class of `length` members attends to.
 
@@ -75,3 +81,14 @@ def tile_pattern(tile, tile_size, members, head, tail):
     first_shifted = max(members - tail - tile_size + 1, 0)
     first_tail = max((first_shifted + tile_size - 1) // tile_size, interior + 1)
     return min(tile, interior) + max(tile - first_tail + 1, 0)
+
+
+def pattern_tiles(pattern, tile_size, members, head, tail):
+    """First tile with pattern number `pattern` of `tile_pattern`, and how many have it; they are next to each other."""
+    tiles = (members + tile_size - 1) // tile_size
+    interior = (head + tile_size - 1) // tile_size
+    first_shifted = max(members - tail - tile_size + 1, 0)
+    first_tail = max((first_shifted + tile_size - 1) // tile_size, interior + 1)
+    first = pattern + (first_tail - interior - 1) * (pattern > interior)
+    last = pattern + (first_tail - interior - 1) * (pattern >= interior)
+    return first, max(min(last, tiles - 1) - first + 1, 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +29,7 @@ UNROLL_BYTES = 2**26
 
 
 @lru_cache(maxsize=256)
-def _axis(length, kernel_size, dilation, stride, is_causal, plain, tile, of_keys) -> tuple[int, int, int, int, int]:
+def _axis(length, kernel_size, dilation, stride, is_causal, tile, plain, of_keys) -> tuple[int, int, int, int, int]:
     """Of one axis: most members of a class, kinds of classes, tiles, patterns, and most members a tile meets."""
     most = window.class_length(length, dilation, 0)
     kinds = 1 if length % dilation == 0 else 2
@@ -47,104 +49,136 @@ def _axis(length, kernel_size, dilation, stride, is_causal, plain, tile, of_keys
     return most, kinds, -(-most // tile), patterns, reach
 
 
+class _Signature(NamedTuple):
+    """All of a call but its tensors: what decides how the kernels are launched."""
+
+    shape: tuple[int, int, int, int, int]
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+    stride: tuple[int, int]
+    is_causal: tuple[bool, bool]
+    dtype: torch.dtype
+    device: torch.device
+    has_bias: bool
+    tf32: bool
+
+
+class _Walk(NamedTuple):
+    """How one kernel goes over the map."""
+
+    grid: tuple[int]
+    tiles: tuple[int, int]
+    layout: tuple[int, ...]  # of unrolled bias, see `tile_bias`
+    rows: tuple[int, ...]  # of unrolled bias, for one head: how many tiles share each (kernel "bias" only)
+    unrolled: tuple[int, ...] | None  # its shape, where the kernel reads the bias so
+    options: dict  # compile-time arguments
+    unroll_options: dict
+
+
+def _tiles_of_rows(length, kernel_size, dilation, most, patterns, tile, plain) -> list[int]:
+    """Along one axis: how many tiles share each pattern in each kind of class."""
+    counts = []
+    for kind in range(1 if length % dilation == 0 else 2):
+        _, classes = window.classes_of_kind(kind, length, dilation)
+        for pattern in range(patterns):
+            if plain:
+                head, tail = kernel_size // 2, kernel_size - kernel_size // 2 - 1
+                _, tiles = window.pattern_tiles(pattern, tile, most - kind, head, tail)
+            else:
+                tiles = int(pattern * tile < most - kind)
+            counts.append(classes * tiles)
+    return counts
+
+
+@lru_cache(maxsize=1024)
+def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
+    batch, height, width, heads, dim = s.shape
+    of_keys = kernel == "key_value"
+    # Windows that move by one with the query and shift at both borders. Others differ from tile to tile.
+    plain = s.stride == (1, 1) and not any(s.is_causal)
+    axes = zip((height, width), s.kernel_size, s.dilation, s.stride, s.is_causal, (config.tile_y, config.tile_x))
+    most, kinds, tiles, patterns, reach = zip(*(_axis(*axis, plain, of_keys) for axis in axes))
+    blocks = tuple(-(-r // b) for r, b in zip(reach, (config.block_y, config.block_x)))
+    grid = (batch * heads * math.prod(tiles) * math.prod(s.dilation),)  # every tile of every class, head and image
+    shared = ()
+    if kernel == "bias":
+        axes = zip((height, width), s.kernel_size, s.dilation, most, patterns, (config.tile_y, config.tile_x))
+        per_axis = [_tiles_of_rows(*axis, plain) for axis in axes]
+        shared = tuple(batch * rows * cols for rows, cols in product(*per_axis))
+
+    mode, unrolled = TABLE if s.has_bias else NO_BIAS, None
+    shape = (
+        math.prod(kinds) * math.prod(patterns) * heads,
+        *blocks,
+        config.tile_y * config.tile_x,
+        config.block_y * config.block_x,
+    )
+    if s.has_bias and grid[0] >= UNROLL_REUSE * shape[0] and 4 * math.prod(shape) <= UNROLL_BYTES:
+        mode, unrolled = UNROLLED, shape
+    window_options = {
+        "KERNEL_Y": s.kernel_size[0],
+        "KERNEL_X": s.kernel_size[1],
+        "STRIDE_Y": s.stride[0],
+        "STRIDE_X": s.stride[1],
+        "CAUSAL_Y": s.is_causal[0],
+        "CAUSAL_X": s.is_causal[1],
+        "PLAIN": plain,
+    }
+    block_d = max(16, triton.next_power_of_2(dim))
+    options = window_options | config.options() | {"BLOCK_D": block_d, "EVEN_D": block_d == dim}
+    options["PRECISION"] = "tf32" if s.tf32 else "ieee"
+    if kernel != "bias":
+        # The last block may stick out by all but one of its members.
+        bits = max(r + b for r, b in zip(reach, (config.block_y, config.block_x))) <= 32
+        options |= {"BIAS": mode.value, "BITS": bits}
+    unroll_options = window_options | config.tile_options() | {"OF_KEYS": of_keys}
+    layout = (*most, *patterns, kinds[1], *blocks)
+    return _Walk(grid, tiles, layout, shared, unrolled, options, unroll_options)
+
+
 class _Problem:
     """Arguments that every kernel takes."""
 
     def __init__(self, query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale):
         self.query, self.key, self.value = query, key, value
         self.batch, self.height, self.width, self.heads, self.dim = query.shape
-        self.kernel_size, self.dilation, self.stride, self.is_causal = geometry
+        self.kernel_size, self.dilation, _, _ = geometry
         self.scale = scale
-        # Windows that move by one with the query and shift at both borders. Others differ from tile to tile.
-        self.plain = self.stride == (1, 1) and not any(self.is_causal)
         self.bias = None if rel_pos_bias is None else rel_pos_bias.contiguous()
         self.extra = 0 if extra_key is None else extra_key.shape[1]
         # What is absent is never read; any tensor does.
-        self.extra_key, self.extra_value = (query if x is None else x.unsqueeze(2) for x in (extra_key, extra_value))
-        self.window_options = {
-            "KERNEL_Y": self.kernel_size[0],
-            "KERNEL_X": self.kernel_size[1],
-            "STRIDE_Y": self.stride[0],
-            "STRIDE_X": self.stride[1],
-            "CAUSAL_Y": self.is_causal[0],
-            "CAUSAL_X": self.is_causal[1],
-            "PLAIN": self.plain,
-        }
-        block_d = max(16, triton.next_power_of_2(self.dim))
-        self.dim_options = {
-            "BLOCK_D": block_d,
-            "EVEN_D": block_d == self.dim,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        }
-
-    @property
-    def inputs(self):
-        """Query, key and value, each followed by its strides."""
-        return [y for x in (self.query, self.key, self.value) for y in (x, x.stride())]
-
-    @property
-    def extras(self):
-        """Extra key and value, each followed by its strides."""
-        return [y for x in (self.extra_key, self.extra_value) for y in (x, x.stride())]
+        extra_key, extra_value = (query if x is None else x.unsqueeze(2) for x in (extra_key, extra_value))
+        self.inputs = query, query.stride(), key, key.stride(), value, value.stride()
+        self.extras = extra_key, extra_key.stride(), extra_value, extra_value.stride()
+        # Most keys that a tile of 8 queries meets along an axis: what the best tile sizes depend on.
+        self.span = max(
+            min(k + 7, -(-n // d)) for n, k, d in zip((self.height, self.width), self.kernel_size, self.dilation)
+        )
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        self.signature = _Signature(
+            tuple(query.shape), *geometry, query.dtype, query.device, rel_pos_bias is not None, tf32
+        )
 
     @property
     def shape(self):
         """Height, width, heads and head dimension."""
         return self.height, self.width, self.heads, self.dim
 
-    def config(self, kernel: str) -> tuning.Config:
-        """Tile sizes for one kernel."""
-        q = self.query
-        return tuning.config(kernel, self.kernel_size, self.dim, q.dtype, self.bias is not None, q.device)
+    def walk(self, kernel: str) -> _Walk:
+        """How one kernel goes over the map, by the table of tile sizes."""
+        s = self.signature
+        return _walk(s, kernel, tuning.config(kernel, self.span, self.dim, s.dtype, s.has_bias, s.device))
 
-    def axes(self, config: tuning.Config, of_keys: bool):
-        """`_axis` of both axes, item by item."""
-        rows, cols = (
-            _axis(n, k, d, s, c, self.plain, tile, of_keys)
-            for n, k, d, s, c, tile in zip(
-                (self.height, self.width),
-                self.kernel_size,
-                self.dilation,
-                self.stride,
-                self.is_causal,
-                (config.tile_y, config.tile_x),
-            )
+    def unroll(self, walk: _Walk) -> Tensor:
+        """The bias as a kernel reads it."""
+        if walk.unrolled is None:
+            return self.query if self.bias is None else self.bias
+        unrolled = self.query.new_empty(walk.unrolled, dtype=torch.float32)
+        kinds = walk.unrolled[0] // (self.heads * walk.layout[2] * walk.layout[3])
+        _bias.unroll_kernel[(kinds * math.prod(walk.tiles) * self.heads,)](
+            self.bias, unrolled, walk.layout, self.heads, *walk.tiles, **walk.unroll_options
         )
-        return list(zip(rows, cols))
-
-    def grid(self, tiles) -> tuple[int]:
-        """A program for every tile of every class, head and image."""
-        return (self.batch * self.heads * math.prod(tiles) * math.prod(self.dilation),)
-
-    def walk(self, kernel: str):
-        """How one kernel goes over the map: grid, tiles, bias, its layout, and options."""
-        config = self.config(kernel)
-        of_keys = kernel == "key_value"
-        most, kinds, tiles, patterns, reach = self.axes(config, of_keys)
-        grid = self.grid(tiles)
-        blocks = [-(-r // b) for r, b in zip(reach, (config.block_y, config.block_x))]
-        # The last block may stick out by all but one of its members.
-        bits = max(r + b for r, b in zip(reach, (config.block_y, config.block_x))) <= 32
-        bias, mode, layout = self.query, NO_BIAS, (0,) * 7
-        if self.bias is not None:
-            bias, mode = self.bias, TABLE
-            rows = math.prod(kinds) * math.prod(patterns) * self.heads
-            shape = rows, *blocks, config.tile_y * config.tile_x, config.block_y * config.block_x
-            if grid[0] >= UNROLL_REUSE * rows and 4 * math.prod(shape) <= UNROLL_BYTES:
-                mode, layout = UNROLLED, (*most, *patterns, kinds[1], *blocks)
-                bias = self.query.new_empty(shape, dtype=torch.float32)
-                _bias.unroll_kernel[(math.prod(kinds) * math.prod(tiles) * self.heads,)](
-                    self.bias,
-                    bias,
-                    layout,
-                    self.heads,
-                    *tiles,
-                    OF_KEYS=of_keys,
-                    **self.window_options,
-                    **config.tile_options(),
-                )
-        options = {"BIAS": mode.value, "BITS": bits} | self.window_options | self.dim_options | config.options()
-        return grid, tiles, bias, layout, options
+        return unrolled
 
 
 def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale) -> tuple[Tensor, Tensor]:
@@ -154,23 +188,23 @@ def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, s
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    grid, tiles, bias, layout, options = p.walk("forward")
-    _forward.forward_kernel[grid](
+    walk = p.walk("forward")
+    _forward.forward_kernel[walk.grid](
         *p.inputs,
-        bias,
-        layout,
+        p.unroll(walk),
+        walk.layout,
         *p.extras,
         out,
         out.stride(),
         lse,
         *p.shape,
         p.extra,
-        *tiles,
+        *walk.tiles,
         *p.dilation,
         scale,
         BLOCK_E=BLOCK_E,
         HAS_EXTRA=p.extra > 0,
-        **options,
+        **walk.options,
     )
     return out, lse
 
@@ -180,55 +214,73 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rel_pos_bias, extra_key and extra_value (None where there is none)."""
     p = _Problem(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale)
-    d_query, d_key, d_value = (query.new_empty(query.shape) for _ in range(3))
-    shift = torch.empty_like(lse)
+    d_query, d_key, d_value = grads = tuple(query.new_empty(query.shape) for _ in range(3))
     if d_query.numel() == 0:
         d_others = (None if x is None else torch.zeros_like(x) for x in (rel_pos_bias, extra_key, extra_value))
-        return d_query, d_key, d_value, *d_others
+        return *grads, *d_others
 
-    _query_gradient(p, out, lse, grad_out, grad_lse, shift, d_query)
-    _key_value_gradients(p, lse, grad_out, shift, d_key, d_value)
-    d_bias = None if rel_pos_bias is None else _bias_gradient(p, lse, grad_out, shift)
+    shift = torch.empty_like(lse)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    incoming = out, lse, grad_out, grad_lse, shift
+    d_bias, has_keys = _query_and_bias_gradients(p, *incoming, *grads)
+    if not has_keys:
+        _key_value_gradients(p, lse, grad_out, shift, d_key, d_value)
     d_extra = (None, None) if extra_key is None else _extra_gradients(p, lse, grad_out, shift, extra_key)
-    return d_query, d_key, d_value, d_bias, *d_extra
+    return *grads, d_bias, *d_extra
+
+
+def _query_and_bias_gradients(
+    p: _Problem, out, lse, grad_out, grad_lse, shift, d_query, d_key, d_value
+) -> tuple[Tensor | None, bool]:
+    """Fills `d_query` and `shift`; returns the gradient of the bias, and whether `d_key` and `d_value` were filled."""
+    incoming = out, lse, grad_out, grad_lse, shift
+    walk = p.walk("bias")
+    one_block = walk.layout[5:] == (1, 1) and p.extra == 0
+    whole = one_block and walk.tiles == (1, 1)
+    if whole or (one_block and p.bias is not None):
+        return _bias_gradient(p, *incoming, d_query, d_key, d_value, True, whole), whole
+    _query_gradient(p, *incoming, d_query)
+    if p.bias is None:
+        return None, False
+    return _bias_gradient(p, *incoming, d_query, d_key, d_value, False, False), False
 
 
 def _query_gradient(p: _Problem, out, lse, grad_out, grad_lse, shift, d_query) -> None:
     """Fills `d_query`, and `shift` for the other kernels."""
-    grid, tiles, bias, layout, options = p.walk("query")
-    _backward.query_kernel[grid](
+    walk = p.walk("query")
+    _backward.query_kernel[walk.grid](
         *p.inputs,
-        bias,
-        layout,
+        p.unroll(walk),
+        walk.layout,
         *p.extras,
         out,
         out.stride(),
         lse,
         grad_out,
         grad_out.stride(),
-        lse if grad_lse is None else grad_lse.contiguous(),
+        lse if grad_lse is None else grad_lse,
         shift,
         d_query,
         d_query.stride(),
         *p.shape,
         p.extra,
-        *tiles,
+        *walk.tiles,
         *p.dilation,
         p.scale,
         BLOCK_E=BLOCK_E,
         HAS_EXTRA=p.extra > 0,
         HAS_D_LSE=grad_lse is not None,
-        **options,
+        **walk.options,
     )
 
 
 def _key_value_gradients(p: _Problem, lse, grad_out, shift, d_key, d_value) -> None:
     """Fills `d_key` and `d_value`."""
-    grid, tiles, bias, layout, options = p.walk("key_value")
-    _backward.key_value_kernel[grid](
+    walk = p.walk("key_value")
+    _backward.key_value_kernel[walk.grid](
         *p.inputs,
-        bias,
-        layout,
+        p.unroll(walk),
+        walk.layout,
         lse,
         grad_out,
         grad_out.stride(),
@@ -238,60 +290,83 @@ def _key_value_gradients(p: _Problem, lse, grad_out, shift, d_key, d_value) -> N
         d_value,
         d_value.stride(),
         *p.shape,
-        *tiles,
+        *walk.tiles,
         *p.dilation,
         p.scale,
-        **options,
+        **walk.options,
     )
 
 
-def _bias_gradient(p: _Problem, lse, grad_out, shift) -> Tensor:
-    config = p.config("bias")
-    most, kinds, tiles, patterns, reach = p.axes(config, of_keys=False)
-    blocks = [-(-r // b) for r, b in zip(reach, (config.block_y, config.block_x))]
-    layout = (*most, *patterns, kinds[1], *blocks)
-    rows = math.prod(kinds) * math.prod(patterns)
-    pairs = math.prod(blocks) * config.tile_y * config.tile_x * config.block_y * config.block_x
-    parts = max(1, min(p.grid(tiles)[0] // p.heads, BIAS_PROGRAMS // (p.heads * math.prod(blocks))))
-    some = max(1, min(p.heads, UNROLL_BYTES // (4 * pairs * rows * parts)))  # heads at a time
-    d_unrolled = lse.new_empty(parts, rows, some, pairs)
-    sums = lse.new_empty(p.heads, rows, config.tile_y, *p.bias.shape[1:])
+def _bias_gradient(
+    p: _Problem, out, lse, grad_out, grad_lse, shift, d_query, d_key, d_value, of_query: bool, of_key_value: bool
+) -> Tensor | None:
+    """Gradient of the bias, if there is one. Also fills `d_query` and `shift`, or `d_key` and `d_value`, if asked."""
+    walk = p.walk("bias")
+    blocks = math.prod(walk.layout[5:])
+    options, rows = walk.options, len(walk.rows)
+    pairs = blocks * options["TILE_Y"] * options["TILE_X"] * options["BLOCK_Y"] * options["BLOCK_X"]
+    has_bias = p.bias is not None
+    # Tiles are summed up in parts, enough of them to fill the GPU; without a bias a part is one tile.
+    part_tiles = max(1, walk.grid[0] * blocks // BIAS_PROGRAMS) if has_bias else 1
+    parts = sum(max(1, -(-tiles // part_tiles)) for tiles in walk.rows)
+    some = p.heads
+    if has_bias:  # some heads at a time, if need be
+        some = max(1, min(p.heads, UNROLL_BYTES // (4 * pairs * parts)))
+        sums = lse.new_empty(p.heads, rows, options["TILE_Y"], *p.bias.shape[1:])
+    d_unrolled = lse.new_empty(parts if has_bias else 0, some, pairs)
+    starts = lse.new_empty(rows, dtype=torch.int32)
     for first in range(0, p.heads, some):
         some = min(some, p.heads - first)
-        _bias.gradient_kernel[(some * math.prod(blocks) * rows * parts,)](
+        _bias.gradient_kernel[(some * blocks * parts,)](
             *p.inputs,
-            p.bias,
+            p.bias if has_bias else p.query,
+            out,
+            out.stride(),
             lse,
             grad_out,
             grad_out.stride(),
+            lse if grad_lse is None else grad_lse,
             shift,
+            d_query,
+            d_query.stride(),
+            d_key,
+            d_key.stride(),
+            d_value,
+            d_value.stride(),
             d_unrolled,
-            layout,
+            starts,
+            walk.layout,
             p.batch,
             *p.shape,
-            *tiles,
             *p.dilation,
             first,
             some,
             rows,
-            parts,
+            part_tiles,
             p.scale,
-            **p.window_options,
-            **p.dim_options,
-            **config.options(),
+            HAS_BIAS=has_bias,
+            HAS_D_LSE=grad_lse is not None,
+            QUERY=of_query,
+            KEY_VALUE=of_key_value,
+            **options,
         )
-        _bias.fold_kernel[(some * rows * config.tile_y * p.bias.shape[1],)](
+        if not has_bias:
+            return None
+        unroll_options = {k: v for k, v in walk.unroll_options.items() if k != "OF_KEYS"}
+        _bias.fold_kernel[(some * rows * options["TILE_Y"] * p.bias.shape[1],)](
             d_unrolled,
+            starts,
             sums[first:],
-            layout,
-            *tiles,
+            walk.layout,
+            p.height,
+            p.width,
+            *p.dilation,
             some,
             rows,
             parts,
             BLOCK_P=32,
             BLOCK_O=triton.next_power_of_2(p.bias.shape[2]),
-            **p.window_options,
-            **config.tile_options(),
+            **unroll_options,
         )
     return sums.sum((1, 2)).to(p.bias.dtype)
 
@@ -299,6 +374,7 @@ def _bias_gradient(p: _Problem, lse, grad_out, shift) -> Tensor:
 def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tensor, Tensor]:
     if p.extra == 0:
         return torch.zeros_like(extra_key), torch.zeros_like(extra_key)
+    options = p.walk("query").options
     tokens = p.height * p.width
     block_n = 64 if p.query.element_size() < 4 else 32
     programs = p.batch * p.heads * -(-p.extra // BLOCK_E)
@@ -323,7 +399,9 @@ def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tens
         p.scale,
         BLOCK_E=BLOCK_E,
         BLOCK_N=block_n,
-        **p.dim_options,
+        BLOCK_D=options["BLOCK_D"],
+        EVEN_D=options["EVEN_D"],
+        PRECISION=options["PRECISION"],
     )
     d_extra_key, d_extra_value = sums.sum(1).to(extra_key.dtype)
     return d_extra_key, d_extra_value

@@ -16,11 +16,12 @@ from zoo.kernels.neighborhood.triton.common import (
     load,
     locate,
     mask_and_bias,
-    member_pointers,
+    member_offset,
+    member_offsets,
     queries_of_tile,
+    row_strides,
     store,
     tile_bias,
-    token_rows,
 )
 
 
@@ -95,10 +96,12 @@ def query_kernel(
     q_base = class_base(query, q_strides, batch, head, residue_y, residue_x)
     o_base = class_base(out, o_strides, batch, head, residue_y, residue_x)
     do_base = class_base(d_out, do_strides, batch, head, residue_y, residue_x)
-    q = load(member_pointers(q_base, q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-    o = load(member_pointers(o_base, o_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-    do = load(member_pointers(do_base, do_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-    rows = token_rows(batch, head, residue_y, residue_x, qy, qx, height, width, heads, dilation_y, dilation_x)
+    q = load(q_base + member_offsets(q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+    o = load(o_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+    do = load(do_base + member_offsets(do_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+    r_strides = row_strides(height, width, heads)
+    rows = class_base(0, r_strides, batch, head, residue_y, residue_x)
+    rows += member_offset(r_strides, qy, qx, dilation_y, dilation_x)
     q_lse = tl.load(lse + rows, mask=q_inside, other=0.0) * LOG2E
     q_shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if HAS_D_LSE:
@@ -118,6 +121,8 @@ def query_kernel(
         KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, False, BIAS,
     )  # fmt: skip
 
+    k_offsets = member_offsets(k_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
+    v_offsets = member_offsets(v_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
     dq = tl.zeros([M, BLOCK_D], dtype=tl.float32)
     blocks_x = tl.cdiv(high_x - low_x, BLOCK_X)
     row_of_blocks = bias_layout[6] if BIAS == UNROLLED else blocks_x
@@ -126,8 +131,10 @@ def query_kernel(
         block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
         ky, kx = block_y + n // BLOCK_X, block_x + n % BLOCK_X
         k_inside = (ky < high_y) & (kx < high_x)
-        k = load(member_pointers(k_base, k_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
-        v = load(member_pointers(v_base, v_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
+        k_block = k_base + member_offset(k_strides, block_y, block_x, dilation_y, dilation_x)
+        v_block = v_base + member_offset(v_strides, block_y, block_x, dilation_y, dilation_x)
+        k = load(k_block + k_offsets, k_inside, d, dim, EVEN_D)
+        v = load(v_block + v_offsets, k_inside, d, dim, EVEN_D)
         full = (block_y >= full_low_y) & (block_y + BLOCK_Y <= full_high_y)
         full = full & (block_x >= full_low_x) & (block_x + BLOCK_X <= full_high_x)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
@@ -146,8 +153,8 @@ def query_kernel(
         ev_base = class_base(extra_value, ev_strides, batch, head, 0, 0)
         for first in range(0, extra, BLOCK_E):
             token = first + tl.arange(0, BLOCK_E)
-            k = load(member_pointers(ek_base, ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
-            v = load(member_pointers(ev_base, ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+            k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+            v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
             weights = tl.exp2(tl.where((token < extra)[None, :], logits, float("-inf")))
             d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -155,7 +162,7 @@ def query_kernel(
             dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq_base = class_base(d_query, dq_strides, batch, head, residue_y, residue_x)
-    dq_pointers = member_pointers(dq_base, dq_strides, qy, qx, d, dilation_y, dilation_x)
+    dq_pointers = dq_base + member_offsets(dq_strides, qy, qx, d, dilation_y, dilation_x)
     store(dq_pointers, dq * scale, q_inside, d, dim, EVEN_D)
 
 
@@ -221,8 +228,8 @@ def key_value_kernel(
     ky, kx = tl.minimum(ky, members_y - 1), tl.minimum(kx, members_x - 1)
     k_base = class_base(key, k_strides, batch, head, residue_y, residue_x)
     v_base = class_base(value, v_strides, batch, head, residue_y, residue_x)
-    k = load(member_pointers(k_base, k_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
-    v = load(member_pointers(v_base, v_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
+    k = load(k_base + member_offsets(k_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
+    v = load(v_base + member_offsets(v_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
 
     start_y, end_y, low_y, high_y, full_low_y, full_high_y = queries_of_tile(
         ky, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y
@@ -237,6 +244,11 @@ def key_value_kernel(
         KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, True, BIAS,
     )  # fmt: skip
 
+    q_offsets = member_offsets(q_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
+    do_offsets = member_offsets(do_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
+    r_strides = row_strides(height, width, heads)
+    r_base = class_base(0, r_strides, batch, head, residue_y, residue_x)
+    r_offsets = member_offset(r_strides, n // BLOCK_X, n % BLOCK_X, dilation_y, dilation_x)
     dk = tl.zeros([M, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([M, BLOCK_D], dtype=tl.float32)
     blocks_x = tl.cdiv(high_x - low_x, BLOCK_X)
@@ -246,9 +258,11 @@ def key_value_kernel(
         block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
         qy, qx = block_y + n // BLOCK_X, block_x + n % BLOCK_X
         q_inside = (qy < high_y) & (qx < high_x)
-        q = load(member_pointers(q_base, q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-        do = load(member_pointers(do_base, do_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-        rows = token_rows(batch, head, residue_y, residue_x, qy, qx, height, width, heads, dilation_y, dilation_x)
+        q_block = q_base + member_offset(q_strides, block_y, block_x, dilation_y, dilation_x)
+        do_block = do_base + member_offset(do_strides, block_y, block_x, dilation_y, dilation_x)
+        q = load(q_block + q_offsets, q_inside, d, dim, EVEN_D)
+        do = load(do_block + do_offsets, q_inside, d, dim, EVEN_D)
+        rows = r_base + member_offset(r_strides, block_y, block_x, dilation_y, dilation_x) + r_offsets
         q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * LOG2E  # no weight outside
         q_shift = tl.load(shift + rows, mask=q_inside, other=0.0)
         full = (block_y >= full_low_y) & (block_y + BLOCK_Y <= full_high_y)
@@ -267,8 +281,8 @@ def key_value_kernel(
 
     dk_base = class_base(d_key, dk_strides, batch, head, residue_y, residue_x)
     dv_base = class_base(d_value, dv_strides, batch, head, residue_y, residue_x)
-    dk_pointers = member_pointers(dk_base, dk_strides, ky, kx, d, dilation_y, dilation_x)
-    dv_pointers = member_pointers(dv_base, dv_strides, ky, kx, d, dilation_y, dilation_x)
+    dk_pointers = dk_base + member_offsets(dk_strides, ky, kx, d, dilation_y, dilation_x)
+    dv_pointers = dv_base + member_offsets(dv_strides, ky, kx, d, dilation_y, dilation_x)
     store(dk_pointers, dk * scale, k_inside, d, dim, EVEN_D)
     store(dv_pointers, dv, k_inside, d, dim, EVEN_D)
 
@@ -316,8 +330,8 @@ def extra_kernel(
     inside = token < extra
     ek_base = class_base(extra_key, ek_strides, batch, head, 0, 0)
     ev_base = class_base(extra_value, ev_strides, batch, head, 0, 0)
-    k = load(member_pointers(ek_base, ek_strides, token, token * 0, d, 1, 1), inside, d, dim, EVEN_D)
-    v = load(member_pointers(ev_base, ev_strides, token, token * 0, d, 1, 1), inside, d, dim, EVEN_D)
+    k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), inside, d, dim, EVEN_D)
+    v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), inside, d, dim, EVEN_D)
     q_base = class_base(query, q_strides, batch, head, 0, 0)
     do_base = class_base(d_out, do_strides, batch, head, 0, 0)
 
@@ -327,9 +341,9 @@ def extra_kernel(
     for first in range(part * part_tokens, stop, BLOCK_N):
         place = first + n
         q_inside = place < stop
-        q = load(member_pointers(q_base, q_strides, place // width, place % width, d, 1, 1), q_inside, d, dim, EVEN_D)
+        q = load(q_base + member_offsets(q_strides, place // width, place % width, d, 1, 1), q_inside, d, dim, EVEN_D)
         do = load(
-            member_pointers(do_base, do_strides, place // width, place % width, d, 1, 1), q_inside, d, dim, EVEN_D
+            do_base + member_offsets(do_strides, place // width, place % width, d, 1, 1), q_inside, d, dim, EVEN_D
         )
         rows = (batch * tokens + place) * heads + head
         q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * LOG2E

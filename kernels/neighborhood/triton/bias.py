@@ -1,4 +1,4 @@
-"""The bias table laid out for whole tiles, and the gradient of the table.
+"""The bias table laid out for whole tiles, and the gradient of the table, alone or with the others on the way.
 
 Both go by patterns: tiles whose queries see their keys in the same way, relative to the tile, share their bias pair by
 pair. A map of any size has few patterns, those of its borders and that of its interior.
@@ -10,14 +10,18 @@ import triton.language as tl
 from zoo.kernels.neighborhood.triton.common import (
     LOG2E,
     bias_offsets,
-    class_base,
+    classes_of_kind,
     keys_of_tile,
     load,
     locate,
-    member_pointers,
+    member_offset,
+    member_offsets,
     pattern,
     queries_of_tile,
-    token_rows,
+    row_strides,
+    store,
+    tile_base,
+    tiles_like,
     visibility,
 )
 
@@ -100,21 +104,31 @@ def unroll_kernel(
 
 
 @triton.jit
-def tiles_of_pattern(number, tiles, members, KERNEL: tl.constexpr, TILE: tl.constexpr, PLAIN: tl.constexpr):
-    """First tile with a pattern, and how many have it; they are next to each other."""
-    first, count = 0, 0
-    for tile in range(tiles):
-        same = (pattern(tile, members, KERNEL, TILE, PLAIN, False) == number) & (tile * TILE < members)
-        first = tl.where(same & (count == 0), tile, first)
-        count += same.to(tl.int32)
-    return first, count
+def tiles_of_row(
+    row,
+    layout,
+    height,
+    width,
+    dilation_y,
+    dilation_x,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """The tiles that share row `row` of unrolled bias: a pattern in one kind of class, per axis.
 
-
-@triton.jit
-def classes_of_kind(kind, length, dilation):
-    """First residue, and how many, of the classes of the most members (kind 0), or of one fewer (kind 1)."""
-    longest = (length + dilation - 1) % dilation + 1
-    return tl.where(kind == 0, 0, longest), tl.where(kind == 0, longest, dilation - longest)
+    Returns, for y and then for x: members of the classes, first class, number of classes, first tile, number of tiles.
+    """
+    most_y, most_x, patterns_y, patterns_x, kinds_x, blocks_y, blocks_x = layout
+    row_y, row_x = row // (kinds_x * patterns_x), row % (kinds_x * patterns_x)
+    members_y, members_x = most_y - row_y // patterns_y, most_x - row_x // patterns_x
+    class_y, classes_y = classes_of_kind(row_y // patterns_y, height, dilation_y)
+    class_x, classes_x = classes_of_kind(row_x // patterns_x, width, dilation_x)
+    tile_y, tiles_y = tiles_like(row_y % patterns_y, members_y, KERNEL_Y, TILE_Y, PLAIN)
+    tile_x, tiles_x = tiles_like(row_x % patterns_x, members_x, KERNEL_X, TILE_X, PLAIN)
+    return members_y, class_y, classes_y, tile_y, tiles_y, members_x, class_x, classes_x, tile_x, tiles_x
 
 
 @triton.jit
@@ -126,25 +140,33 @@ def gradient_kernel(
     value,
     v_strides,
     bias,
+    out,
+    o_strides,
     lse,
     d_out,
     do_strides,
-    shift,
-    d_unrolled,  # [parts, kinds_y, patterns_y, kinds_x, patterns_x, some heads, blocks_y, blocks_x, M, N] float32
+    d_lse,
+    shift,  # [batch, height, width, heads]: read, or written where QUERY
+    d_query,
+    dq_strides,
+    d_key,
+    dk_strides,
+    d_value,
+    dv_strides,
+    d_unrolled,  # [parts, some heads, blocks_y, blocks_x, M, N] float32
+    starts,  # [rows] int32: the first part of each row, written for `fold_kernel`
     layout,
     batches,
     height,
     width,
     heads,
     dim,
-    tiles_y,
-    tiles_x,
     dilation_y,
     dilation_x,
     first_head,
     some_heads,
     rows,  # kinds_y * patterns_y * kinds_x * patterns_x
-    parts,
+    part_tiles,  # a part is so many tiles of one row, at most
     scale,
     KERNEL_Y: tl.constexpr,
     KERNEL_X: tl.constexpr,
@@ -159,77 +181,125 @@ def gradient_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
+    QUERY: tl.constexpr,
+    KEY_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum d_logits over a part of the tiles of one pattern, for one block of its keys."""
+    """Sum d_logits over the tiles of a part, for one block of their keys.
+
+    Where one block holds all keys of a tile, the gradient of its queries is made on the way (QUERY); where a tile
+    holds its whole class, so are those of keys and values (KEY_VALUE).
+    """
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
-    most_y, most_x, patterns_y, patterns_x, kinds_x, blocks_y, blocks_x = layout
+    blocks_y, blocks_x = layout[5], layout[6]
     pid = tl.program_id(0)
     head = (first_head + pid % some_heads).to(tl.int64)
     pid = pid // some_heads
     block = pid % (blocks_y * blocks_x)
-    pid = pid // (blocks_y * blocks_x)
-    row = pid % rows
-    part = pid // rows
-    kind_y, pattern_y = row // (kinds_x * patterns_x) // patterns_y, row // (kinds_x * patterns_x) % patterns_y
-    kind_x, pattern_x = row % (kinds_x * patterns_x) // patterns_x, row % patterns_x
-    members_y, members_x = most_y - kind_y, most_x - kind_x
-    from_y, rows_y = tiles_of_pattern(pattern_y, tiles_y, members_y, KERNEL_Y, TILE_Y, PLAIN)
-    from_x, rows_x = tiles_of_pattern(pattern_x, tiles_x, members_x, KERNEL_X, TILE_X, PLAIN)
-    from_class_y, classes_y = classes_of_kind(kind_y, height, dilation_y)
-    from_class_x, classes_x = classes_of_kind(kind_x, width, dilation_x)
+    part = pid // (blocks_y * blocks_x)
+    row, start = 0, 0
+    for r in range(rows):
+        _, _, classes_y, _, tiles_y, _, _, classes_x, _, tiles_x = tiles_of_row(
+            r, layout, height, width, dilation_y, dilation_x, KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, PLAIN
+        )
+        parts = tl.maximum(tl.cdiv(batches * classes_y * classes_x * tiles_y * tiles_x, part_tiles), 1)
+        later = (part >= start + parts).to(tl.int32)
+        row += later
+        start += later * parts
+    members_y, from_class_y, classes_y, from_y, tiles_y, members_x, from_class_x, classes_x, from_x, tiles_x = (
+        tiles_of_row(row, layout, height, width, dilation_y, dilation_x, KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, PLAIN)
+    )
+    tl.store(starts + row, start)  # every part of the row stores the same
 
     m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_D)
-    # All of this is the same, relative to the tile, for every tile of the pattern.
-    qy, qx = from_y * TILE_Y + m // TILE_X, from_x * TILE_X + m % TILE_X
+    # All of this is the same, relative to the tile, for every tile of the row.
+    first_y, first_x = from_y * TILE_Y, from_x * TILE_X
+    qy, qx = first_y + m // TILE_X, first_x + m % TILE_X
     q_inside = (qy < members_y) & (qx < members_x)
-    start_y, end_y, low_y, high_y, _, _ = keys_of_tile(
-        qy, from_y * TILE_Y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y
-    )
-    start_x, end_x, low_x, high_x, _, _ = keys_of_tile(
-        qx, from_x * TILE_X, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X
-    )
+    start_y, end_y, low_y, high_y, _, _ = keys_of_tile(qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y)
+    start_x, end_x, low_x, high_x, _, _ = keys_of_tile(qx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X)
     ky = low_y + block // blocks_x * BLOCK_Y + n // BLOCK_X
     kx = low_x + block % blocks_x * BLOCK_X + n % BLOCK_X
     k_inside = (ky < high_y) & (kx < high_x)
     visible = visibility(ky, kx, start_y, end_y, start_x, end_x, low_y, low_x, False) & q_inside[:, None]
-    pairs = pair_bias(bias, head, qy, qx, ky, kx, visible, KERNEL_Y, KERNEL_X, False)
+    if HAS_BIAS:
+        pairs = pair_bias(bias, head, qy, qx, ky, kx, visible, KERNEL_Y, KERNEL_X, False)
+    else:
+        pairs = tl.where(visible, 0.0, float("-inf"))
+    q_offsets = member_offsets(q_strides, qy, qx, d, dilation_y, dilation_x)
+    k_offsets = member_offsets(k_strides, ky, kx, d, dilation_y, dilation_x)
+    v_offsets = member_offsets(v_strides, ky, kx, d, dilation_y, dilation_x)
+    do_offsets = member_offsets(do_strides, qy, qx, d, dilation_y, dilation_x)
+    r_strides = row_strides(height, width, heads)
+    r_offsets = member_offset(r_strides, qy, qx, dilation_y, dilation_x)
 
     acc = tl.zeros([M, N], dtype=tl.float32)
-    for item in range(part, batches * classes_y * classes_x * rows_y * rows_x, parts):
-        batch, only, class_y, class_x, tile_y, tile_x = locate(item, 1, rows_y, rows_x, classes_y, classes_x)
+    first = (part - start) * part_tiles
+    stop = tl.minimum(first + part_tiles, batches * classes_y * classes_x * tiles_y * tiles_x)
+    for item in range(first, stop):
+        batch, only, class_y, class_x, tile_y, tile_x = locate(item, 1, tiles_y, tiles_x, classes_y, classes_x)
         residue_y, residue_x = from_class_y + class_y, from_class_x + class_x
-        down, right = tile_y * TILE_Y, tile_x * TILE_X
-        q_base = class_base(query, q_strides, batch, head, residue_y, residue_x)
-        k_base = class_base(key, k_strides, batch, head, residue_y, residue_x)
-        v_base = class_base(value, v_strides, batch, head, residue_y, residue_x)
-        do_base = class_base(d_out, do_strides, batch, head, residue_y, residue_x)
-        y, x = qy + down, qx + right
-        q = load(member_pointers(q_base, q_strides, y, x, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-        do = load(member_pointers(do_base, do_strides, y, x, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-        at = token_rows(batch, head, residue_y, residue_x, y, x, height, width, heads, dilation_y, dilation_x)
+        y, x = tile_y * TILE_Y, tile_x * TILE_X
+        q_tile = tile_base(query, q_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+        k_tile = tile_base(key, k_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+        v_tile = tile_base(value, v_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+        do_tile = tile_base(d_out, do_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+        at = tile_base(0, r_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x) + r_offsets
+        q = load(q_tile + q_offsets, q_inside, d, dim, EVEN_D)
+        do = load(do_tile + do_offsets, q_inside, d, dim, EVEN_D)
+        k = load(k_tile + k_offsets, k_inside, d, dim, EVEN_D)
+        v = load(v_tile + v_offsets, k_inside, d, dim, EVEN_D)
         q_lse = tl.load(lse + at, mask=q_inside, other=0.0) * LOG2E
-        q_shift = tl.load(shift + at, mask=q_inside, other=0.0)
-        y, x = ky + down, kx + right
-        k = load(member_pointers(k_base, k_strides, y, x, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
-        v = load(member_pointers(v_base, v_strides, y, x, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + pairs
-        weights = tl.exp2(logits - q_lse[:, None])
+        if QUERY:
+            o_tile = tile_base(out, o_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            o_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
+            o = load(o_tile + o_offsets, q_inside, d, dim, EVEN_D)
+            q_shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            if HAS_D_LSE:
+                q_shift -= tl.load(d_lse + at, mask=q_inside, other=0.0)
+            if not KEY_VALUE:
+                tl.store(shift + at, q_shift, mask=q_inside)
+        else:
+            q_shift = tl.load(shift + at, mask=q_inside, other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
+        weights = tl.exp2(tl.where(pairs == float("-inf"), pairs, logits + pairs))
         d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        acc += weights * (d_weights - q_shift[:, None])
+        d_logits = weights * (d_weights - q_shift[:, None])
+        if HAS_BIAS:
+            acc += d_logits
+        if QUERY:
+            dq = tl.dot(d_logits.to(k.dtype), k, input_precision=PRECISION)
+            dq_tile = tile_base(d_query, dq_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dq_offsets = member_offsets(dq_strides, qy, qx, d, dilation_y, dilation_x)
+            store(dq_tile + dq_offsets, dq * scale, q_inside, d, dim, EVEN_D)
+        if KEY_VALUE:
+            dk = tl.dot(tl.trans(d_logits.to(q.dtype)), q, input_precision=PRECISION)
+            dk_tile = tile_base(d_key, dk_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dk_offsets = member_offsets(dk_strides, ky, kx, d, dilation_y, dilation_x)
+            store(dk_tile + dk_offsets, dk * scale, k_inside, d, dim, EVEN_D)
+            dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
+            dv_tile = tile_base(d_value, dv_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dv_offsets = member_offsets(dv_strides, ky, kx, d, dilation_y, dilation_x)
+            store(dv_tile + dv_offsets, dv, k_inside, d, dim, EVEN_D)
 
-    place = ((part.to(tl.int64) * rows + row) * some_heads + head - first_head) * (blocks_y * blocks_x) + block
-    tl.store(d_unrolled + place * (M * N) + m[:, None] * N + n[None, :], acc)
+    if HAS_BIAS:
+        place = (part.to(tl.int64) * some_heads + head - first_head) * (blocks_y * blocks_x) + block
+        tl.store(d_unrolled + place * (M * N) + m[:, None] * N + n[None, :], acc)
 
 
 @triton.jit
 def fold_kernel(
     d_unrolled,  # as `gradient_kernel` leaves it
+    starts,
     sums,  # [some heads, rows, TILE_Y, 2 * KERNEL_Y - 1, 2 * KERNEL_X - 1] float32
     layout,
-    tiles_y,
-    tiles_x,
+    height,
+    width,
+    dilation_y,
+    dilation_x,
     some_heads,
     rows,
     parts,
@@ -247,22 +317,23 @@ def fold_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Sum the pairs of one pattern and one row of queries that have the same offset; the caller sums the rest."""
+    """Sum the pairs of one row of patterns and one of queries that have the same offset; the caller sums the rest."""
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
-    most_y, most_x, patterns_y, patterns_x, kinds_x, blocks_y, blocks_x = layout
+    blocks_y, blocks_x = layout[5], layout[6]
     pid = tl.program_id(0)
     offset_y = pid % (2 * KERNEL_Y - 1)
     query_y = pid // (2 * KERNEL_Y - 1) % TILE_Y
     row = pid // (2 * KERNEL_Y - 1) // TILE_Y % rows
     head = pid // (2 * KERNEL_Y - 1) // TILE_Y // rows
-    kind_y, pattern_y = row // (kinds_x * patterns_x) // patterns_y, row // (kinds_x * patterns_x) % patterns_y
-    kind_x, pattern_x = row % (kinds_x * patterns_x) // patterns_x, row % patterns_x
-    tile_y, _ = tiles_of_pattern(pattern_y, tiles_y, most_y - kind_y, KERNEL_Y, TILE_Y, PLAIN)
-    tile_x, _ = tiles_of_pattern(pattern_x, tiles_x, most_x - kind_x, KERNEL_X, TILE_X, PLAIN)
+    members_y, _, _, tile_y, _, members_x, _, _, tile_x, _ = tiles_of_row(
+        row, layout, height, width, dilation_y, dilation_x, KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, PLAIN
+    )
     first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
-    _, _, low_y, _, _, _ = keys_of_tile(first_y, first_y, most_y - kind_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y)
-    _, _, low_x, _, _, _ = keys_of_tile(first_x, first_x, most_x - kind_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X)
+    _, _, low_y, _, _, _ = keys_of_tile(first_y, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y)
+    _, _, low_x, _, _, _ = keys_of_tile(first_x, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X)
+    first_part = tl.load(starts + row)
+    last_part = tl.load(starts + row + 1, mask=row + 1 < rows, other=parts)
 
     p, o = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_O)
     # Where the key with this offset lies among the keys of the tile.
@@ -274,10 +345,10 @@ def fold_kernel(
         inside = reached & (place_x >= 0) & (place_x < blocks_x * BLOCK_X)
         block = place_y // BLOCK_Y * blocks_x + place_x // BLOCK_X
         pair = (block * M + query_y * TILE_X + query_x) * N + place_y % BLOCK_Y * BLOCK_X + place_x % BLOCK_X
-        for first in range(0, parts, BLOCK_P):
+        for first in range(first_part, last_part, BLOCK_P):
             part = (first + p).to(tl.int64)
-            at = ((part * rows + row) * some_heads + head) * (blocks_y * blocks_x * M * N)
+            at = (part * some_heads + head) * (blocks_y * blocks_x * M * N)
             acc += tl.load(
-                d_unrolled + at[:, None] + pair[None, :], mask=(part < parts)[:, None] & inside[None, :], other=0.0
+                d_unrolled + at[:, None] + pair[None, :], mask=(part < last_part)[:, None] & inside[None, :], other=0.0
             )
     tl.store(sums + pid.to(tl.int64) * (2 * KERNEL_X - 1) + o, tl.sum(acc, 0), mask=o < 2 * KERNEL_X - 1)

@@ -32,11 +32,13 @@ def _jit(function):
 
 
 class_length = _jit(window.class_length)
+classes_of_kind = _jit(window.classes_of_kind)
 window_start = _jit(window.window_start)
 window_end = _jit(window.window_end)
 first_query = _jit(window.first_query)
 last_query = _jit(window.last_query)
 tile_pattern = _jit(window.tile_pattern)
+pattern_tiles = _jit(window.pattern_tiles)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -65,10 +67,22 @@ def class_base(tensor, strides, batch, head, residue_y, residue_x):
 
 
 @triton.jit
-def member_pointers(base, strides, y, x, d, dilation_y, dilation_x):
-    """Pointers [rows, D] to members `y`, `x` [rows] of the class at `base`."""
-    rows = y.to(tl.int64) * strides[1] * dilation_y + x.to(tl.int64) * strides[2] * dilation_x
-    return base + rows[:, None] + d[None, :] * strides[4]
+def member_offset(strides, y, x, dilation_y, dilation_x):
+    """Distance in memory from the first member of a class to member `y`, `x`, scalars or [rows]."""
+    return y.to(tl.int64) * strides[1] * dilation_y + x.to(tl.int64) * strides[2] * dilation_x
+
+
+@triton.jit
+def member_offsets(strides, y, x, d, dilation_y, dilation_x):
+    """The same for every element of the members: [rows, D]. Worth making once outside a loop over blocks."""
+    return member_offset(strides, y, x, dilation_y, dilation_x)[:, None] + d[None, :] * strides[4]
+
+
+@triton.jit
+def tile_base(tensor, strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x):
+    """Pointer to member `y`, `x`, scalars, of a residue class."""
+    base = class_base(tensor, strides, batch, head, residue_y, residue_x)
+    return base + member_offset(strides, y, x, dilation_y, dilation_x)
 
 
 @triton.jit
@@ -170,6 +184,16 @@ def pattern(tile, members, KERNEL: tl.constexpr, TILE: tl.constexpr, PLAIN: tl.c
 
 
 @triton.jit
+def tiles_like(number, members, KERNEL: tl.constexpr, TILE: tl.constexpr, PLAIN: tl.constexpr):
+    """First tile of queries with pattern `number`, and how many have it."""
+    if PLAIN:
+        first, count = pattern_tiles(number, TILE, members, KERNEL // 2, KERNEL - KERNEL // 2 - 1)
+    else:
+        first, count = number, (number * TILE < members).to(tl.int32)
+    return first, count
+
+
+@triton.jit
 def tile_bias(
     bias,
     layout,
@@ -256,7 +280,6 @@ def mask_and_bias(
 
 
 @triton.jit
-def token_rows(batch, head, residue_y, residue_x, y, x, height, width, heads, dilation_y, dilation_x):
-    """Where members `y`, `x` of a class are in a contiguous [batch, height, width, heads]."""
-    row, col = residue_y + y.to(tl.int64) * dilation_y, residue_x + x.to(tl.int64) * dilation_x
-    return ((batch * height + row) * width + col) * heads + head
+def row_strides(height, width, heads):
+    """Strides of a contiguous [batch, height, width, heads], such as the log-sum-exp."""
+    return height.to(tl.int64) * width * heads, width.to(tl.int64) * heads, heads, 1, 0

@@ -13,10 +13,11 @@ from zoo.kernels.neighborhood.triton.common import (
     load,
     locate,
     mask_and_bias,
-    member_pointers,
+    member_offset,
+    member_offsets,
+    row_strides,
     store,
     tile_bias,
-    token_rows,
 )
 
 
@@ -92,7 +93,7 @@ def forward_kernel(
     q_inside = (qy < members_y) & (qx < members_x)
     qy, qx = tl.minimum(qy, members_y - 1), tl.minimum(qx, members_x - 1)  # keeps bias offsets in the table
     q_base = class_base(query, q_strides, batch, head, residue_y, residue_x)
-    q = load(member_pointers(q_base, q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
+    q = load(q_base + member_offsets(q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
 
     start_y, end_y, low_y, high_y, full_low_y, full_high_y = keys_of_tile(
         qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y
@@ -107,6 +108,8 @@ def forward_kernel(
         KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, False, BIAS,
     )  # fmt: skip
 
+    k_offsets = member_offsets(k_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
+    v_offsets = member_offsets(v_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
     acc = tl.zeros([M, BLOCK_D], dtype=tl.float32)
     # Finite, so that a block of which a query sees nothing leaves no nan.
     top = tl.full([M], -1e30, dtype=tl.float32)
@@ -118,8 +121,10 @@ def forward_kernel(
         block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
         ky, kx = block_y + n // BLOCK_X, block_x + n % BLOCK_X
         k_inside = (ky < high_y) & (kx < high_x)
-        k = load(member_pointers(k_base, k_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
-        v = load(member_pointers(v_base, v_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
+        k_block = k_base + member_offset(k_strides, block_y, block_x, dilation_y, dilation_x)
+        v_block = v_base + member_offset(v_strides, block_y, block_x, dilation_y, dilation_x)
+        k = load(k_block + k_offsets, k_inside, d, dim, EVEN_D)
+        v = load(v_block + v_offsets, k_inside, d, dim, EVEN_D)
         full = (block_y >= full_low_y) & (block_y + BLOCK_Y <= full_high_y)
         full = full & (block_x >= full_low_x) & (block_x + BLOCK_X <= full_high_x)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -135,14 +140,16 @@ def forward_kernel(
         ev_base = class_base(extra_value, ev_strides, batch, head, 0, 0)
         for first in range(0, extra, BLOCK_E):
             token = first + tl.arange(0, BLOCK_E)
-            k = load(member_pointers(ek_base, ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
-            v = load(member_pointers(ev_base, ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+            k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+            v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             logits = tl.where((token < extra)[None, :], logits, float("-inf"))
             acc, top, total = accumulate(logits, v, acc, top, total, PRECISION)
 
     o_base = class_base(out, o_strides, batch, head, residue_y, residue_x)
-    o_pointers = member_pointers(o_base, o_strides, qy, qx, d, dilation_y, dilation_x)
+    o_pointers = o_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
     store(o_pointers, acc / total[:, None], q_inside, d, dim, EVEN_D)
-    rows = token_rows(batch, head, residue_y, residue_x, qy, qx, height, width, heads, dilation_y, dilation_x)
-    tl.store(lse + rows, top * LN2 + tl.log(total), mask=q_inside)
+    r_strides = row_strides(height, width, heads)
+    r_base = class_base(lse, r_strides, batch, head, residue_y, residue_x)
+    rows = r_base + member_offset(r_strides, qy, qx, dilation_y, dilation_x)
+    tl.store(rows, top * LN2 + tl.log(total), mask=q_inside)

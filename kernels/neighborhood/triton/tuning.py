@@ -42,19 +42,24 @@ def _capability(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=256)
-def config(
-    kernel: str, kernel_size: tuple[int, int], dim: int, dtype: torch.dtype, has_bias: bool, device: torch.device
-) -> Config:
-    """Tile sizes for one kernel: "forward", "query", "key_value" or "bias"."""
+def config(kernel: str, span: int, dim: int, dtype: torch.dtype, has_bias: bool, device: torch.device) -> Config:
+    """Tile sizes for one kernel: "forward", "query", "key_value" or "bias".
+
+    `span` is how many keys a tile of 8 queries meets along an axis, at most.
+    """
     if dtype.itemsize > 2 or dim > 128:
         return Config(4, 8, 2, 16, 4, 1)
-    # The entry of the nearest window among those of the smallest head dimension that holds `dim`.
+    small = span <= 8  # one tile holds a whole class
+    # The entry of the nearest span among those of the smallest head dimension that holds `dim`.
     entries = [
         entry
         for entry in _table().get(_capability(device), [])
-        if entry["kernel"] == kernel and entry["dim"] >= dim and (kernel == "bias" or entry["bias"] == has_bias)
+        if entry["kernel"] == kernel
+        and entry["dim"] >= dim
+        and (entry["span"] <= 8) == small
+        and (entry["bias"] == has_bias or (kernel == "bias" and not small))
     ]
     if not entries:
-        return Config(8, 8, 4, 16, 4, 2)
-    nearest = min(entries, key=lambda e: (e["dim"], abs(e["window"] - max(kernel_size))))
+        return Config(8, 8, 8, 8, 4, 1) if small else Config(8, 8, 4, 16, 4, 2)
+    nearest = min(entries, key=lambda e: (e["dim"], abs(e["span"] - span)))
     return Config(*nearest["config"])
