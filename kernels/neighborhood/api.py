@@ -1,11 +1,11 @@
-"""The public function: checks its arguments and picks a backend."""
+"""The public function: checks its arguments."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from zoo.kernels.neighborhood import dense, natten, ops, reference
+from zoo.kernels.neighborhood import natten
+from zoo.kernels.neighborhood.dispatch import attend
 
 BACKENDS = ("auto", "reference", "tiled", "triton", "natten")
 
@@ -86,24 +86,12 @@ def neighborhood_attention_2d(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
-    tensors, geometry = (query, key, value), (kernel_size, dilation, stride, is_causal)
-    options = rel_pos_bias, extra_key, extra_value, float(scale)
-    if backend in ("reference", "natten"):
-        module = reference if backend == "reference" else natten
-        out, lse = module.neighborhood_attention_2d(*tensors, *geometry, *options)
+    inputs = query, key, value, rel_pos_bias, extra_key, extra_value
+    geometry = kernel_size, dilation, stride, is_causal
+    if backend == "natten":
+        out, lse = natten.neighborhood_attention_2d(*inputs[:3], *geometry, *inputs[3:], float(scale))
         return (out, lse) if return_lse else out
-
-    if backend == "triton" and (obstacle := ops.why_not_triton(query)) is not None:
-        raise ValueError(f"backend='triton' {obstacle}")
-    fused = ops.takes_triton(query, backend)
-    covers_map = dense.covers_map(height, width, kernel_size, dilation, is_causal)
-    # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
-    if covers_map and not fused and not return_lse and query.shape[0] > 0:
-        return dense.neighborhood_attention_2d(*tensors, kernel_size, dilation, *options)
-    out, lse = torch.ops.zoo.neighborhood_attention_2d(
-        *tensors, *options[:3], *geometry, options[3], "triton" if fused else "tiled"
-    )
-    return (out, lse) if return_lse else out
+    return attend(inputs, (*geometry, 0), float(scale), return_lse, backend)
 
 
 def _check_tensors(query, key, value, extra_key, extra_value) -> None:
