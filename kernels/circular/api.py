@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.kernels.neighborhood.api import _check_tensors
+from zoo.kernels._checks import check_backend, check_maps, resolve_scale
 from zoo.kernels.neighborhood.dispatch import attend
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
@@ -57,23 +57,20 @@ def circular_attention_2d(
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or range, or `backend` does not support the call.
-        ImportError: `backend` is not installed.
     """
-    _check_tensors(query, key, value, extra_key, extra_value)
+    check_maps(query, key, value, extra_key, extra_value)
     height, width = query.shape[1:3]
+    if height < 1 or width < 1:
+        raise ValueError(f"query must be a map of at least one token, got height {height} and width {width}")
     if isinstance(radius, bool) or not isinstance(radius, int):
         raise TypeError(f"radius must be an int, got {radius!r}")
     if radius < 1:
         raise ValueError(f"radius must be at least 1, got {radius}")
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    scale = resolve_scale(scale, query)
+    check_backend(backend, BACKENDS)
 
     if radius > height + width:  # either sees the whole map; its square stays small
         radius = height + width
     kernel_size = 2 * radius - 1, 2 * radius - 1
     geometry = kernel_size, (1, 1), (1, 1), (False, False), radius
-    return attend((query, key, value, None, extra_key, extra_value), geometry, float(scale), return_lse, backend)
+    return attend((query, key, value, None, extra_key, extra_value), geometry, scale, return_lse, backend)

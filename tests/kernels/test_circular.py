@@ -339,6 +339,11 @@ X = torch.zeros(2, 8, 9, 3, 4)
 TOKENS = torch.zeros(2, 5, 3, 4)
 REFUSALS = {
     "query type": (dict(query=[1]), TypeError, "query must be a torch.Tensor, got list"),
+    "query size": (
+        dict(query=X[:, :0], key=X[:, :0], value=X[:, :0]),
+        ValueError,
+        "query must be a map .*got height 0",
+    ),
     "key shape": (dict(key=X[:, 1:]), ValueError, r"key must have the shape of query, \(2, 8, 9, 3, 4\), got \(2, 7"),
     "value dtype": (dict(value=X.half()), TypeError, "value must have the dtype of query, torch.float32, got"),
     "radius type": (dict(radius=3.0), TypeError, "radius must be an int, got 3.0"),
