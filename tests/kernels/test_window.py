@@ -39,11 +39,9 @@ def test_queries_of_a_key(kernel_size, border):
 def test_clipped_windows_are_centred_and_stay_inside(kernel_size):
     for length in range(1, 20):
         for query in range(length):
-            window = range(
-                *(end(query, length, kernel_size, 1, CLIPPED) for end in (window_start, window_end)),
-            )
+            args = query, length, kernel_size, 1, CLIPPED
             centred = range(query - kernel_size // 2, query - kernel_size // 2 + kernel_size)
-            assert list(window) == [key for key in centred if 0 <= key < length]
+            assert list(range(window_start(*args), window_end(*args))) == [key for key in centred if 0 <= key < length]
 
 
 def test_a_flag_is_a_border():
