@@ -44,7 +44,7 @@ def problem(seed: int) -> dict:
             rng.randint(1, 4),
             rng.choice([8, 16, 20, 32, 32, 64, 80, 128, 256]),
         ),
-        "geometry": tuple(zip(rows, cols)),
+        "geometry": (*zip(rows, cols), 0),
         "bias": rng.random() < 0.5,
         "extra": rng.choice([0, 0, 0, 1, 7, 40]),
         "dtype": rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),

@@ -73,7 +73,7 @@ def calls(problem, has_bias: bool) -> dict:
 
     q, key, v, grad_out = (randn(batch, height, width, heads, dim) for _ in range(4))
     bias = randn(heads, 2 * k - 1, 2 * k - 1, dtype=torch.float32) if has_bias else None
-    geometry = (k, k), (d, d), (1, 1), (False, False)
+    geometry = (k, k), (d, d), (1, 1), (False, False), 0
     arguments = q, key, v, bias, None, None, geometry, dim**-0.5
     out, lse = fused.forward(*arguments)
     p = fused._Problem(*arguments)

@@ -1,4 +1,4 @@
-"""Neighborhood attention whose window covers the map: `scaled_dot_product_attention` within each residue class."""
+"""Windows or circles that cover the map: `scaled_dot_product_attention` within each residue class."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def covers_map(height: int, width: int, kernel_size, dilation, is_causal) -> bool:
-    """Whether every query sees its whole residue class, and all classes are of one size."""
+def covers_map(height: int, width: int, kernel_size, dilation, stride, is_causal, radius) -> bool:
+    """Whether every query sees its whole residue class, and all classes are of one size.
+
+    With `radius` > 0: whether the circle about one corner holds the opposite one.
+    """
+    if radius > 0:
+        return (height - 1) ** 2 + (width - 1) ** 2 < radius**2
     return (
         height == kernel_size[0] * dilation[0]
         and width == kernel_size[1] * dilation[1]
@@ -21,17 +26,16 @@ def neighborhood_attention_2d(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    kernel_size: tuple[int, int],
     dilation: tuple[int, int],
     rel_pos_bias: Tensor | None,
     extra_key: Tensor | None,
     extra_value: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """See `zoo.kernels.neighborhood_attention_2d`; the map must be `kernel_size * dilation` on each side."""
+    """See `zoo.kernels.neighborhood_attention_2d`; windows must cover the map, as `covers_map` tells."""
     batch, height, width, heads, dim = query.shape
-    rows, cols = kernel_size
     d_rows, d_cols = dilation
+    rows, cols = height // d_rows, width // d_cols
 
     def classes(x: Tensor) -> Tensor:
         """[batch, height, width, heads, dim] -> [batch * classes, heads, tokens of a class, dim]."""

@@ -1,8 +1,9 @@
-"""Registered torch operators behind `neighborhood_attention_2d`: compile, export, fx and TorchScript see one node.
+"""Registered torch operators behind the public functions: compile, export, fx and TorchScript see one node.
 
-`zoo::neighborhood_attention_2d` takes the checked arguments of the public function and returns the output and the
-log-sum-exp of the logits; `zoo::neighborhood_attention_2d_backward` is its gradient. `backend` is "triton", "tiled", or
-"auto" for the first of them that can run the call.
+`zoo::neighborhood_attention_2d` takes the checked arguments of the public functions and returns the output and the
+log-sum-exp of the logits; `zoo::neighborhood_attention_2d_backward` is its gradient. `radius` > 0 cuts a circle out of
+windows of `2 * radius - 1`, which are then clipped at the borders. `backend` is "triton", "tiled", or "auto" for the
+first of them that can run the call.
 """
 
 import os
@@ -14,7 +15,10 @@ from torch import Tensor
 from zoo.kernels.neighborhood import tiled
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rel_pos_bias, Tensor? extra_key, Tensor? extra_value"
-_OPTIONS = 'int[2] kernel_size, int[2] dilation, int[2] stride, bool[2] is_causal, float scale, str backend="auto"'
+_OPTIONS = (
+    "int[2] kernel_size, int[2] dilation, int[2] stride, bool[2] is_causal, float scale, int radius=0, "
+    'str backend="auto"'
+)
 
 torch.library.define("zoo::neighborhood_attention_2d", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 # Where an input is None its gradient is an empty tensor: operators cannot return optional tensors.
@@ -67,10 +71,11 @@ def _forward(
     stride,
     is_causal,
     scale,
+    radius=0,
     backend="auto",
 ):
     inputs = query, key, value, rel_pos_bias, extra_key, extra_value
-    geometry = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
+    geometry = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal), radius
     with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
         return _implementation(query, backend).forward(*inputs, geometry, scale)
 
@@ -98,10 +103,11 @@ def _backward(
     stride,
     is_causal,
     scale,
+    radius=0,
     backend="auto",
 ):
     inputs = query, key, value, rel_pos_bias, extra_key, extra_value
-    geometry = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
+    geometry = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal), radius
     with torch.autocast(query.device.type, enabled=False):
         grads = _implementation(query, backend).backward(grad_out, grad_lse, *inputs, out, lse, geometry, scale)
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)

@@ -1,4 +1,4 @@
-"""Neighborhood attention as batched matrix products: tiles of queries against the union of their windows.
+"""Neighborhood and circular attention as batched matrix products: tiles of queries against the union of their windows.
 
 Tiles that see their keys in the same pattern form one group; a map has few (the borders, the interior, the remainder),
 however large it is. Groups are worked off in chunks, so memory beyond inputs and outputs does not grow with the map,
@@ -7,7 +7,7 @@ and the backward pass recomputes the weights from the log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.kernels.neighborhood.window import class_length, window_end, window_start
+from zoo.kernels.neighborhood.window import borders, class_length, window_end, window_start
 
 # Of 4, 6, 8 and 10 the fastest for windows of 3 to 13 on two CPU cores: larger tiles waste more products on keys that
 # a query does not see.
@@ -25,81 +25,95 @@ CHUNK = 2**19
 
 
 class AxisTiles(NamedTuple):
-    """Tiles of one axis with the same pattern: `queries` [tiles, t], `keys` [tiles, e], the rest [t, e]."""
+    """Tiles of one axis with the same pattern: each runs from its own first query and key in the same steps."""
 
-    queries: Tensor
-    keys: Tensor
-    offsets: Tensor  # index into one axis of the bias table; meaningless where not visible
-    visible: Tensor
+    first_queries: Tensor  # [tiles]
+    first_keys: Tensor  # [tiles]
+    query_steps: Tensor  # [q]
+    key_steps: Tensor  # [k]
+    offsets: Tensor  # [q, k], members from query to key
+    visible: Tensor  # [q, k]
 
 
 class Tiles(NamedTuple):
     """Tiles of the map with the same pattern; tokens are numbered row by row."""
 
-    queries: Tensor  # [tiles, q]
-    keys: Tensor  # [tiles, k]
-    offsets: Tensor  # [q * k], into the flattened bias table
+    first_queries: Tensor  # [tiles]
+    first_keys: Tensor  # [tiles]
+    query_steps: Tensor  # [q]
+    key_steps: Tensor  # [k]
+    offsets: Tensor | None  # [q * k], into the flattened bias table; None for circles, which have no bias
     hidden: Tensor | None  # [q, k], None where every query sees every key
 
 
-def axis_tiles(length: int, kernel_size: int, dilation: int, stride: int, is_causal: bool) -> list[AxisTiles]:
+def axis_tiles(length: int, kernel_size: int, dilation: int, stride: int, border: int) -> list[AxisTiles]:
     """Cut one axis into tiles of consecutive members of one residue class, grouped by pattern."""
-    patterns: dict[tuple, list[tuple[list[int], list[int]]]] = {}
+    patterns: dict[tuple, list[tuple[int, int]]] = {}
     for residue in range(min(dilation, length)):
         members = class_length(length, dilation, residue)
         size = -(-members // -(-members // TILE))  # as even as possible
         for first in range(0, members, size):
             queries = range(first, min(first + size, members))
-            starts = [window_start(q, members, kernel_size, stride, is_causal) for q in queries]
-            ends = [window_end(q, members, kernel_size, stride, is_causal) for q in queries]
-            keys = range(min(starts), max(ends))
-            pattern = (keys[0] - first, len(keys), *((s - first, e - first) for s, e in zip(starts, ends)))
-            tokens = [residue + dilation * i for i in queries], [residue + dilation * i for i in keys]
-            patterns.setdefault(pattern, []).append(tokens)
+            starts = [window_start(q, members, kernel_size, stride, border) for q in queries]
+            ends = [window_end(q, members, kernel_size, stride, border) for q in queries]
+            first_key, end_key = min(starts), max(ends)
+            windows = ((s - first, e - first) for s, e in zip(starts, ends))
+            firsts = residue + dilation * first, residue + dilation * first_key
+            patterns.setdefault((first_key - first, end_key - first, *windows), []).append(firsts)
 
     groups = []
-    for (first_key, count, *windows), tiles in patterns.items():
-        keys = torch.arange(first_key, first_key + count)
+    for (first_key, end_key, *windows), firsts in patterns.items():
+        queries, keys = torch.arange(len(windows)), torch.arange(first_key, end_key)
         starts, ends = (torch.tensor(x)[:, None] for x in zip(*windows))
         visible = (starts <= keys) & (keys < ends)
-        offsets = keys - torch.arange(len(windows))[:, None] + kernel_size - 1
-        queries, keys = (torch.tensor(x) for x in zip(*tiles))
-        groups.append(AxisTiles(queries, keys, offsets.masked_fill(~visible, 0), visible))
+        first_queries, first_keys = (torch.tensor(x) for x in zip(*firsts))
+        steps = dilation * queries, dilation * (keys - first_key)
+        groups.append(AxisTiles(first_queries, first_keys, *steps, keys - queries[:, None], visible))
     return groups
+
+
+def map_tiles(height, width, kernel_size, dilation, stride, is_causal, radius, device) -> Iterator[Tiles]:
+    """All groups of tiles of a map."""
+
+    def tokens(rows: Tensor, cols: Tensor) -> Tensor:
+        """Every row with every column, as token numbers [rows * columns]."""
+        return (rows[:, None] * width + cols).flatten()
+
+    def pattern(rows: Tensor, cols: Tensor) -> Tensor:
+        """[row queries * column queries, row keys * column keys]."""
+        return (rows[:, None, :, None] + cols[None, :, None, :]).flatten(2).flatten(0, 1)
+
+    border = borders(is_causal, radius)
+    for r, c in product(
+        axis_tiles(height, kernel_size[0], dilation[0], stride[0], border[0]),
+        axis_tiles(width, kernel_size[1], dilation[1], stride[1], border[1]),
+    ):
+        first_queries, first_keys, query_steps, key_steps = map(tokens, r[:4], c[:4])
+        if radius > 0:
+            offsets = None
+            hidden = pattern(r.offsets**2, c.offsets**2) >= radius**2
+            seen = ~hidden.all(dim=0)  # not the corners of the square
+            key_steps, hidden = key_steps[seen], hidden[:, seen]
+        else:
+            # Any entry of the table does for pairs that are hidden.
+            rows, cols = ((axis.offsets + k - 1) * axis.visible for axis, k in zip((r, c), kernel_size))
+            offsets = pattern(rows * (2 * kernel_size[1] - 1), cols).flatten()
+            hidden = pattern(~r.visible, ~c.visible)
+        tensors = first_queries, first_keys, query_steps, key_steps, offsets, hidden if hidden.any() else None
+        yield Tiles(*(None if x is None else x.to(device) for x in tensors))
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def map_tiles(height, width, kernel_size, dilation, stride, is_causal, device) -> list[Tiles]:
-    """All groups of tiles of a map."""
-
-    def grid(rows: Tensor, cols: Tensor) -> Tensor:
-        """Every row with every column, as token numbers [row tiles * column tiles, rows * columns]."""
-        tokens = rows[:, None, :, None] * width + cols[None, :, None, :]
-        return tokens.flatten(2).flatten(0, 1).to(device)
-
-    def pattern(rows: Tensor, cols: Tensor) -> Tensor:
-        """[row queries * column queries, row keys * column keys]."""
-        return (rows[:, None, :, None] + cols[None, :, None, :]).flatten(2).flatten(0, 1).to(device)
-
-    groups = []
-    for r, c in product(
-        axis_tiles(height, kernel_size[0], dilation[0], stride[0], is_causal[0]),
-        axis_tiles(width, kernel_size[1], dilation[1], stride[1], is_causal[1]),
-    ):
-        hidden = pattern(~r.visible, ~c.visible)
-        offsets = pattern(r.offsets * (2 * kernel_size[1] - 1), c.offsets).flatten()
-        groups.append(
-            Tiles(grid(r.queries, c.queries), grid(r.keys, c.keys), offsets, hidden if hidden.any() else None)
-        )
-    return groups
+def _kept_map_tiles(*geometry_and_device) -> list[Tiles]:
+    return list(map_tiles(*geometry_and_device))
 
 
-def _chunks(groups: list[Tiles], batch: int, heads: int, extra: int) -> Iterator[tuple[Tiles, slice, slice]]:
+def _chunks(groups: Iterable[Tiles], batch: int, heads: int, extra: int) -> Iterator[tuple[Tiles, slice, slice]]:
     """Pieces of work of at most `CHUNK` logits where possible: a group, its tiles, and rows of batch * heads."""
     for group in groups:
-        tiles, q = group.queries.shape
-        logits = heads * q * (group.keys.shape[1] + extra)
+        tiles = len(group.first_queries)
+        logits = heads * len(group.query_steps) * (len(group.key_steps) + extra)
         tile_step = min(tiles, max(1, CHUNK // logits))
         batch_step = max(1, CHUNK // (logits * tile_step))
         for b in range(0, batch, batch_step):
@@ -118,9 +132,10 @@ def _heads_last(x: Tensor, like: Tensor) -> Tensor:
     return x.contiguous().view(like.shape)
 
 
-def _rows(indices: Tensor, batch_heads: int, tokens: int) -> Tensor:
-    """Token numbers [tiles, n] of every batch and head as rows of a flattened [batch_heads * tokens, ...] tensor."""
-    return (torch.arange(batch_heads, device=indices.device)[:, None] * tokens + indices.flatten()).flatten()
+def _rows(firsts: Tensor, steps: Tensor, batch_heads: int, tokens: int) -> Tensor:
+    """Tokens of tiles, for every batch and head, as rows of a flattened [batch_heads * tokens, ...] tensor."""
+    firsts = torch.arange(batch_heads, device=firsts.device)[:, None] * tokens + firsts
+    return (firsts[:, :, None] + steps).flatten()
 
 
 class _Problem:
@@ -140,7 +155,9 @@ class _Problem:
         self.extra_key = self.extra_value = None
         if extra_key is not None:
             self.extra_key, self.extra_value = (_heads_first(x, self.dtype) for x in (extra_key, extra_value))
-        self.groups = map_tiles(height, width, *geometry, query.device)
+        # The groups of a wide circle are too many and too large to keep, and quickly made next to their products.
+        tiles = map_tiles if geometry[-1] > 0 else _kept_map_tiles
+        self.groups = tiles(height, width, *geometry, query.device)
 
     def chunks(self):
         extra = 0 if self.extra_key is None else self.extra_key.shape[1]
@@ -170,14 +187,15 @@ class _Problem:
 
 
 def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale) -> tuple[Tensor, Tensor]:
-    """Output like `query` and log-sum-exp [batch, height, width, heads]; `geometry` is kernel size to causality."""
+    """Output like `query` and log-sum-exp [batch, height, width, heads]; `geometry` is kernel size to radius."""
     p = _Problem(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale)
     out = torch.empty_like(p.query)
     lse = p.query.new_empty(*p.query.shape[:2], 1)
     for group, tiles, bh in p.chunks():
         rows = bh.stop - bh.start
-        q_rows, k_rows = (_rows(x[tiles], rows, p.tokens) for x in (group.queries, group.keys))
-        q_size, k_size = group.queries.shape[1], group.keys.shape[1]
+        q_rows = _rows(group.first_queries[tiles], group.query_steps, rows, p.tokens)
+        k_rows = _rows(group.first_keys[tiles], group.key_steps, rows, p.tokens)
+        q_size, k_size = len(group.query_steps), len(group.key_steps)
         q = p.gather(p.query, q_rows, bh, q_size)
         logits = p.logits(q, p.gather(p.key, k_rows, bh, k_size), group, bh)
         lse_tile = logits.logsumexp(dim=-1, keepdim=True)
@@ -209,8 +227,9 @@ def backward(
 
     for group, tiles, bh in p.chunks():
         rows = bh.stop - bh.start
-        q_rows, k_rows = (_rows(x[tiles], rows, p.tokens) for x in (group.queries, group.keys))
-        q_size, k_size = group.queries.shape[1], group.keys.shape[1]
+        q_rows = _rows(group.first_queries[tiles], group.query_steps, rows, p.tokens)
+        k_rows = _rows(group.first_keys[tiles], group.key_steps, rows, p.tokens)
+        q_size, k_size = len(group.query_steps), len(group.key_steps)
         q, do, row_lse, row_shift = (p.gather(x, q_rows, bh, q_size) for x in (p.query, d_out, lse, shift))
         k, v = (p.gather(x, k_rows, bh, k_size) for x in (p.key, p.value))
         weights = p.logits(q, k, group, bh).sub_(row_lse).exp_()

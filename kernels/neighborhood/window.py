@@ -3,11 +3,23 @@
 An axis of `length` tokens with dilation `d` splits into `d` residue classes: token `i` is member `i // d` of class
 `i % d`. Attention never leaves a class, so everything below `class_length` speaks of members of one class.
 
+`border` says what becomes of a window that reaches over the border: it is SHIFTED inwards; it is CAUSAL, so it ends at
+its query and is cut at the start of the axis; or it is CLIPPED at both ends. As False is 0 and True is 1, a flag that
+says whether an axis is causal does for it. CLIPPED windows have no stride: each query has its own.
+
 The functions are plain integer arithmetic on purpose: they run on Python integers and, compiled as they are by
 `triton.jit`, inside the fused kernels.
 """
 
 from __future__ import annotations
+
+# The functions below write these as numbers: compiled, they see no variables but their own.
+SHIFTED, CAUSAL, CLIPPED = 0, 1, 2
+
+
+def borders(is_causal, radius):
+    """`border` of each axis. A circle of `radius` > 0 is cut out of CLIPPED windows."""
+    return (CLIPPED, CLIPPED) if radius > 0 else is_causal
 
 
 def class_length(length, dilation, residue):
@@ -21,13 +33,15 @@ def classes_of_kind(kind, length, dilation):
     return longest * kind, longest + (dilation - 2 * longest) * kind
 
 
-def window_start(query, length, kernel_size, stride, is_causal):
+def window_start(query, length, kernel_size, stride, border):
     """First key that member `query` of a class of `length` members attends to.
 
     Queries in one group of `stride` share the window of the group's leader: its centre, or its last member where the
-    axis is causal. Windows are shifted inwards at the borders, never shrunk, except that causal ones are cut there.
+    axis is CAUSAL. CLIPPED windows are their query's own.
     """
-    if is_causal:
+    if border == 2:
+        start = max(query - kernel_size // 2, 0)
+    elif border == 1:
         leader = min(query // stride * stride + stride - 1, length - 1)
         start = max(leader - kernel_size + 1, 0)
     else:
@@ -36,9 +50,11 @@ def window_start(query, length, kernel_size, stride, is_causal):
     return start
 
 
-def window_end(query, length, kernel_size, stride, is_causal):
+def window_end(query, length, kernel_size, stride, border):
     """One past the last key that member `query` of a class of `length` members attends to."""
-    if is_causal:
+    if border == 2:
+        end = min(query - kernel_size // 2 + kernel_size, length)
+    elif border == 1:
         end = query + 1
     else:
         leader = min(query // stride * stride + stride // 2, length - 1)
@@ -46,9 +62,11 @@ def window_end(query, length, kernel_size, stride, is_causal):
     return end
 
 
-def first_query(key, length, kernel_size, stride, is_causal):
+def first_query(key, length, kernel_size, stride, border):
     """First member of a class of `length` members whose window holds member `key`."""
-    if is_causal:
+    if border == 2:
+        first = max(key + kernel_size // 2 - kernel_size + 1, 0)
+    elif border == 1:
         first = key
     else:
         leader = key - (kernel_size - 1) + kernel_size // 2  # of the first group whose window ends after the key
@@ -58,9 +76,11 @@ def first_query(key, length, kernel_size, stride, is_causal):
     return first
 
 
-def last_query(key, length, kernel_size, stride, is_causal):
+def last_query(key, length, kernel_size, stride, border):
     """Last member of a class of `length` members whose window holds member `key`; before the first where none does."""
-    if is_causal:
+    if border == 2:
+        last = min(key + kernel_size // 2, length - 1)
+    elif border == 1:
         last = min((key + kernel_size - stride) // stride * stride + stride - 1, length - 1)
         last = last + (length - 1 - last) * (key + kernel_size >= length)  # a last group cut short is led by its end
     else:

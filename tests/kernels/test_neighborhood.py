@@ -193,7 +193,7 @@ def test_low_precision(args, dtype):
     exact = outputs_and_grads(
         [x.double() for x in qkv], {k: v.double() for k, v in options.items()}, *args, backend="reference"
     )
-    geometry = (kernel_size, kernel_size), (dilation, dilation), (1, 1), (False, False)
+    geometry = (kernel_size, kernel_size), (dilation, dilation), (1, 1), (False, False), 0
     out, _ = reference.neighborhood_attention_2d(
         *qkv, *geometry, options["rel_pos_bias"], None, None, 32**-0.5, dtype=dtype
     )
@@ -380,7 +380,7 @@ def test_no_tensor_of_tokens_by_tokens():
             return out
 
     qkv, options = make((1, 96, 96, 1, 4), (7, 7), dtype=torch.float32, grad=False)
-    geometry = (7, 7), (1, 1), (1, 1), (False, False)
+    geometry = (7, 7), (1, 1), (1, 1), (False, False), 0
     with Watch():
         p = tiled._Problem(*qkv, options["rel_pos_bias"], None, None, geometry, 0.5)
         tiled.forward(*qkv, options["rel_pos_bias"], None, None, geometry, 0.5)

@@ -16,6 +16,8 @@ CASES = {
     "smaller than a tile": ((2, 3, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "one past a tile": ((1, 5, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "several tiles": ((1, 10, 5, 1, 8), (3, 3), (1, 1), (1, 1), (False, False), False, 0),
+    "an interior": ((1, 13, 5, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
+    "one block, several images": ((5, 3, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "heads and padded head_dim": ((1, 3, 5, 2, 12), (3, 5), (1, 1), (1, 1), (False, False), True, 0),
     "window over several blocks": ((1, 9, 6, 1, 16), (7, 5), (1, 1), (1, 1), (False, False), False, 0),
     "even": ((1, 5, 4, 1, 16), (4, 2), (1, 1), (1, 1), (False, False), True, 0),
@@ -39,7 +41,7 @@ def make(case, dtype=torch.float32):
     inputs = [randn(batch, height, width, heads, dim) for _ in range(3)]
     inputs.append(randn(heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1) if bias else None)
     inputs += [randn(batch, extra, heads, dim) if extra else None for _ in range(2)]
-    return inputs, (kernel_size, dilation, stride, is_causal)
+    return inputs, (kernel_size, dilation, stride, is_causal, 0)
 
 
 def expect(inputs, geometry, grad_out, grad_lse, scale):
@@ -59,11 +61,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton, "BIAS_PROGRAMS", 8)
 
 
-@pytest.mark.parametrize(("name", "unroll"), [(name, u) for name in CASES for u in (False, True)[: 1 + CASES[name][5]]])
-def test_matches_reference(name, unroll, monkeypatch):
-    case = CASES[name]
-    monkeypatch.setattr(triton, "UNROLL_REUSE", 0 if unroll else 10**9)
-    inputs, geometry = make(case)
+def check(inputs, geometry):
+    """Output, log-sum-exp and every gradient against the reference."""
     grad_out, grad_lse = torch.randn_like(inputs[0]), torch.randn_like(inputs[0][..., 0])
     out, lse = triton.forward(*inputs, geometry, 0.3)
     grads = triton.backward(grad_out, grad_lse, *inputs, out, lse, geometry, 0.3)
@@ -75,6 +74,21 @@ def test_matches_reference(name, unroll, monkeypatch):
         if x is not None:
             exact = exact_grads[name]
             assert (grad - exact).abs().max() <= 2e-6 * max(1, exact.abs().max()), name
+
+
+@pytest.mark.parametrize(("name", "unroll"), [(name, u) for name in CASES for u in (False, True)[: 1 + CASES[name][5]]])
+def test_matches_reference(name, unroll, monkeypatch):
+    monkeypatch.setattr(triton, "UNROLL_REUSE", 0 if unroll else 10**9)
+    monkeypatch.setattr(triton, "HELD_PROGRAMS", 1)
+    check(*make(CASES[name]))
+
+
+@pytest.mark.parametrize(
+    ("size", "radius", "extra"), [((3, 3), 2, 0), ((9, 6), 3, 2), ((5, 9), 5, 0), ((4, 5), 9, 0), ((6, 3), 1, 0)]
+)
+def test_circle(size, radius, extra):
+    inputs, _ = make(((1, *size, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), False, extra))
+    check(inputs, ((2 * radius - 1, 2 * radius - 1), (1, 1), (1, 1), (False, False), radius))
 
 
 def test_through_the_public_function():

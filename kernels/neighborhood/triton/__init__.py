@@ -16,12 +16,15 @@ from zoo.kernels.neighborhood.triton import backward as _backward
 from zoo.kernels.neighborhood.triton import bias as _bias
 from zoo.kernels.neighborhood.triton import forward as _forward
 from zoo.kernels.neighborhood.triton import tuning
-from zoo.kernels.neighborhood.triton.common import NO_BIAS, TABLE, UNROLLED
+from zoo.kernels.neighborhood.triton.common import HELD, NO_BIAS, TABLE, UNROLLED
 
-BLOCK_E = 32  # extra tokens taken at a time
+BLOCK_E = 64  # extra tokens taken at a time
 # Programs among which the sums over the whole batch are split: enough to fill a large GPU.
 BIAS_PROGRAMS = 1024
 EXTRA_PROGRAMS = 512
+# A program holds its bias for so many images at most, as long as so many programs are left.
+HELD_IMAGES = 8
+HELD_PROGRAMS = 2048
 # Bias is unrolled where at least so many tiles share each pattern and it stays small; its gradient is summed for as
 # many heads at a time as stay within these bytes, and for one at least.
 UNROLL_REUSE = 4
@@ -29,14 +32,14 @@ UNROLL_BYTES = 2**26
 
 
 @lru_cache(maxsize=256)
-def _axis(length, kernel_size, dilation, stride, is_causal, tile, plain, of_keys) -> tuple[int, int, int, int, int]:
+def _axis(length, kernel_size, dilation, stride, border, tile, plain, of_keys) -> tuple[int, int, int, int, int]:
     """Of one axis: most members of a class, kinds of classes, tiles, patterns, and most members a tile meets."""
     most = window.class_length(length, dilation, 0)
     kinds = 1 if length % dilation == 0 else 2
     head, tail = (kernel_size, kernel_size) if of_keys else (kernel_size // 2, kernel_size - kernel_size // 2 - 1)
     patterns = reach = 0
     for members in range(most - kinds + 1, most + 1):
-        geometry = members, kernel_size, stride, is_causal
+        geometry = members, kernel_size, stride, border
         for number, first in enumerate(range(0, members, tile)):
             last = min(first + tile, members) - 1
             if of_keys:
@@ -57,6 +60,7 @@ class _Signature(NamedTuple):
     dilation: tuple[int, int]
     stride: tuple[int, int]
     is_causal: tuple[bool, bool]
+    radius: int
     dtype: torch.dtype
     device: torch.device
     has_bias: bool
@@ -95,8 +99,9 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
     batch, height, width, heads, dim = s.shape
     of_keys = kernel == "key_value"
     # Windows that move by one with the query and shift at both borders. Others differ from tile to tile.
-    plain = s.stride == (1, 1) and not any(s.is_causal)
-    axes = zip((height, width), s.kernel_size, s.dilation, s.stride, s.is_causal, (config.tile_y, config.tile_x))
+    borders = window.borders(s.is_causal, s.radius)
+    plain = s.stride == (1, 1) and not any(borders)
+    axes = zip((height, width), s.kernel_size, s.dilation, s.stride, borders, (config.tile_y, config.tile_x))
     most, kinds, tiles, patterns, reach = zip(*(_axis(*axis, plain, of_keys) for axis in axes))
     blocks = tuple(-(-r // b) for r, b in zip(reach, (config.block_y, config.block_x)))
     grid = (batch * heads * math.prod(tiles) * math.prod(s.dilation),)  # every tile of every class, head and image
@@ -106,31 +111,38 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
         per_axis = [_tiles_of_rows(*axis, plain) for axis in axes]
         shared = tuple(batch * rows * cols for rows, cols in product(*per_axis))
 
-    mode, unrolled = TABLE if s.has_bias else NO_BIAS, None
+    mode, images, unrolled = TABLE if s.has_bias else NO_BIAS, 1, None
     shape = (
         math.prod(kinds) * math.prod(patterns) * heads,
         *blocks,
         config.tile_y * config.tile_x,
         config.block_y * config.block_x,
     )
-    if s.has_bias and grid[0] >= UNROLL_REUSE * shape[0] and 4 * math.prod(shape) <= UNROLL_BYTES:
+    if s.has_bias and kernel == "forward" and blocks == (1, 1):
+        mode = HELD
+        while images < HELD_IMAGES and grid[0] > HELD_PROGRAMS * images:
+            images *= 2
+        grid = (-(-batch // images) * (grid[0] // batch),)
+    elif s.has_bias and grid[0] >= UNROLL_REUSE * shape[0] and 4 * math.prod(shape) <= UNROLL_BYTES:
         mode, unrolled = UNROLLED, shape
     window_options = {
         "KERNEL_Y": s.kernel_size[0],
         "KERNEL_X": s.kernel_size[1],
         "STRIDE_Y": s.stride[0],
         "STRIDE_X": s.stride[1],
-        "CAUSAL_Y": s.is_causal[0],
-        "CAUSAL_X": s.is_causal[1],
+        "BORDER_Y": borders[0],
+        "BORDER_X": borders[1],
         "PLAIN": plain,
     }
     block_d = max(16, triton.next_power_of_2(dim))
-    options = window_options | config.options() | {"BLOCK_D": block_d, "EVEN_D": block_d == dim}
-    options["PRECISION"] = "tf32" if s.tf32 else "ieee"
+    options = window_options | config.options() | {"RADIUS": s.radius, "dim": dim, "BLOCK_D": block_d}
+    options |= {"EVEN_D": block_d == dim, "PRECISION": "tf32" if s.tf32 else "ieee"}
     if kernel != "bias":
         # The last block may stick out by all but one of its members.
         bits = max(r + b for r, b in zip(reach, (config.block_y, config.block_x))) <= 32
         options |= {"BIAS": mode.value, "BITS": bits}
+    if kernel == "forward":
+        options["IMAGES"] = images
     unroll_options = window_options | config.tile_options() | {"OF_KEYS": of_keys}
     layout = (*most, *patterns, kinds[1], *blocks)
     return _Walk(grid, tiles, layout, shared, unrolled, options, unroll_options)
@@ -142,17 +154,18 @@ class _Problem:
     def __init__(self, query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale):
         self.query, self.key, self.value = query, key, value
         self.batch, self.height, self.width, self.heads, self.dim = query.shape
-        self.kernel_size, self.dilation, _, _ = geometry
+        self.dilation = geometry[1]
         self.scale = scale
         self.bias = None if rel_pos_bias is None else rel_pos_bias.contiguous()
         self.extra = 0 if extra_key is None else extra_key.shape[1]
-        # What is absent is never read; any tensor does.
-        extra_key, extra_value = (query if x is None else x.unsqueeze(2) for x in (extra_key, extra_value))
         self.inputs = query, query.stride(), key, key.stride(), value, value.stride()
-        self.extras = extra_key, extra_key.stride(), extra_value, extra_value.stride()
+        self.extras = None, None, None, None
+        if self.extra > 0:
+            extra_key, extra_value = extra_key.unsqueeze(2), extra_value.unsqueeze(2)
+            self.extras = extra_key, extra_key.stride(), extra_value, extra_value.stride()
         # Most keys that a tile of 8 queries meets along an axis: what the best tile sizes depend on.
         self.span = max(
-            min(k + 7, -(-n // d)) for n, k, d in zip((self.height, self.width), self.kernel_size, self.dilation)
+            min(k + 7, -(-n // d)) for n, k, d in zip((self.height, self.width), geometry[0], self.dilation)
         )
         tf32 = torch.backends.cuda.matmul.allow_tf32
         self.signature = _Signature(
@@ -161,24 +174,24 @@ class _Problem:
 
     @property
     def shape(self):
-        """Height, width, heads and head dimension."""
-        return self.height, self.width, self.heads, self.dim
+        """Height, width and heads."""
+        return self.height, self.width, self.heads
 
     def walk(self, kernel: str) -> _Walk:
         """How one kernel goes over the map, by the table of tile sizes."""
         s = self.signature
         return _walk(s, kernel, tuning.config(kernel, self.span, self.dim, s.dtype, s.has_bias, s.device))
 
-    def unroll(self, walk: _Walk) -> Tensor:
-        """The bias as a kernel reads it."""
+    def bias_arguments(self, walk: _Walk) -> tuple:
+        """The bias as a kernel reads it, and its layout."""
         if walk.unrolled is None:
-            return self.query if self.bias is None else self.bias
+            return self.bias, None
         unrolled = self.query.new_empty(walk.unrolled, dtype=torch.float32)
         kinds = walk.unrolled[0] // (self.heads * walk.layout[2] * walk.layout[3])
         _bias.unroll_kernel[(kinds * math.prod(walk.tiles) * self.heads,)](
             self.bias, unrolled, walk.layout, self.heads, *walk.tiles, **walk.unroll_options
         )
-        return unrolled
+        return unrolled, walk.layout
 
 
 def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale) -> tuple[Tensor, Tensor]:
@@ -191,19 +204,16 @@ def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, s
     walk = p.walk("forward")
     _forward.forward_kernel[walk.grid](
         *p.inputs,
-        p.unroll(walk),
-        walk.layout,
+        *p.bias_arguments(walk),
         *p.extras,
         out,
-        out.stride(),
         lse,
+        p.batch,
         *p.shape,
         p.extra,
-        *walk.tiles,
         *p.dilation,
         scale,
         BLOCK_E=BLOCK_E,
-        HAS_EXTRA=p.extra > 0,
         **walk.options,
     )
     return out, lse
@@ -221,7 +231,7 @@ def backward(
 
     shift = torch.empty_like(lse)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    incoming = out, lse, grad_out, grad_lse, shift
+    incoming = out.contiguous(), lse, grad_out, grad_lse, shift
     d_bias, has_keys = _query_and_bias_gradients(p, *incoming, *grads)
     if not has_keys:
         _key_value_gradients(p, lse, grad_out, shift, d_key, d_value)
@@ -250,26 +260,20 @@ def _query_gradient(p: _Problem, out, lse, grad_out, grad_lse, shift, d_query) -
     walk = p.walk("query")
     _backward.query_kernel[walk.grid](
         *p.inputs,
-        p.unroll(walk),
-        walk.layout,
+        *p.bias_arguments(walk),
         *p.extras,
         out,
-        out.stride(),
         lse,
         grad_out,
         grad_out.stride(),
-        lse if grad_lse is None else grad_lse,
+        grad_lse,
         shift,
         d_query,
-        d_query.stride(),
         *p.shape,
         p.extra,
-        *walk.tiles,
         *p.dilation,
         p.scale,
         BLOCK_E=BLOCK_E,
-        HAS_EXTRA=p.extra > 0,
-        HAS_D_LSE=grad_lse is not None,
         **walk.options,
     )
 
@@ -279,18 +283,14 @@ def _key_value_gradients(p: _Problem, lse, grad_out, shift, d_key, d_value) -> N
     walk = p.walk("key_value")
     _backward.key_value_kernel[walk.grid](
         *p.inputs,
-        p.unroll(walk),
-        walk.layout,
+        *p.bias_arguments(walk),
         lse,
         grad_out,
         grad_out.stride(),
         shift,
         d_key,
-        d_key.stride(),
         d_value,
-        d_value.stride(),
         *p.shape,
-        *walk.tiles,
         *p.dilation,
         p.scale,
         **walk.options,
@@ -319,20 +319,16 @@ def _bias_gradient(
         some = min(some, p.heads - first)
         _bias.gradient_kernel[(some * blocks * parts,)](
             *p.inputs,
-            p.bias if has_bias else p.query,
+            p.bias,
             out,
-            out.stride(),
             lse,
             grad_out,
             grad_out.stride(),
-            lse if grad_lse is None else grad_lse,
+            grad_lse,
             shift,
             d_query,
-            d_query.stride(),
             d_key,
-            d_key.stride(),
             d_value,
-            d_value.stride(),
             d_unrolled,
             starts,
             walk.layout,
@@ -344,8 +340,6 @@ def _bias_gradient(
             rows,
             part_tiles,
             p.scale,
-            HAS_BIAS=has_bias,
-            HAS_D_LSE=grad_lse is not None,
             QUERY=of_query,
             KEY_VALUE=of_key_value,
             **options,
@@ -393,15 +387,12 @@ def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tens
         tokens,
         p.width,
         p.heads,
-        p.dim,
         p.extra,
         -(-tokens // parts),
         p.scale,
         BLOCK_E=BLOCK_E,
         BLOCK_N=block_n,
-        BLOCK_D=options["BLOCK_D"],
-        EVEN_D=options["EVEN_D"],
-        PRECISION=options["PRECISION"],
+        **{name: options[name] for name in ("dim", "BLOCK_D", "EVEN_D", "PRECISION")},
     )
     d_extra_key, d_extra_value = sums.sum(1).to(extra_key.dtype)
     return d_extra_key, d_extra_value

@@ -10,18 +10,19 @@ import triton.language as tl
 from zoo.kernels.neighborhood.triton.common import (
     LOG2E,
     UNROLLED,
+    block_members,
     class_base,
-    class_length,
     keys_of_tile,
     load,
-    locate,
     mask_and_bias,
     member_offset,
     member_offsets,
     queries_of_tile,
-    row_strides,
+    sees_all,
     store,
+    strides_of,
     tile_bias,
+    tile_of_program,
 )
 
 
@@ -39,22 +40,17 @@ def query_kernel(
     ek_strides,
     extra_value,
     ev_strides,
-    out,
-    o_strides,
+    out,  # contiguous, as are the gradients
     lse,
     d_out,
     do_strides,
     d_lse,
     shift,  # [batch, height, width, heads], written for the other kernels: sum(out * d_out) - d_lse
     d_query,
-    dq_strides,
     height,
     width,
     heads,
-    dim,
     extra,
-    tiles_y,
-    tiles_x,
     dilation_y,
     dilation_x,
     scale,
@@ -62,29 +58,27 @@ def query_kernel(
     KERNEL_X: tl.constexpr,
     STRIDE_Y: tl.constexpr,
     STRIDE_X: tl.constexpr,
-    CAUSAL_Y: tl.constexpr,
-    CAUSAL_X: tl.constexpr,
+    BORDER_Y: tl.constexpr,
+    BORDER_X: tl.constexpr,
+    RADIUS: tl.constexpr,
     PLAIN: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
-    HAS_EXTRA: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
-    batch, head, residue_y, residue_x, tile_y, tile_x = locate(
-        tl.program_id(0), heads, tiles_y, tiles_x, dilation_y, dilation_x
+    batch, head, residue_y, residue_x, members_y, members_x, tile_y, tile_x = tile_of_program(
+        tl.program_id(0), height, width, heads, dilation_y, dilation_x, TILE_Y, TILE_X
     )
-    members_y = class_length(height, dilation_y, residue_y).to(tl.int32)
-    members_x = class_length(width, dilation_x, residue_x).to(tl.int32)
     first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
     if (first_y >= members_y) | (first_x >= members_x):
         return
@@ -94,32 +88,34 @@ def query_kernel(
     q_inside = (qy < members_y) & (qx < members_x)
     qy, qx = tl.minimum(qy, members_y - 1), tl.minimum(qx, members_x - 1)  # keeps bias offsets in the table
     q_base = class_base(query, q_strides, batch, head, residue_y, residue_x)
+    o_strides = strides_of(height, width, heads, dim)
     o_base = class_base(out, o_strides, batch, head, residue_y, residue_x)
     do_base = class_base(d_out, do_strides, batch, head, residue_y, residue_x)
     q = load(q_base + member_offsets(q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
     o = load(o_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
     do = load(do_base + member_offsets(do_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-    r_strides = row_strides(height, width, heads)
+    r_strides = strides_of(height, width, heads, 1)
     rows = class_base(0, r_strides, batch, head, residue_y, residue_x)
     rows += member_offset(r_strides, qy, qx, dilation_y, dilation_x)
     q_lse = tl.load(lse + rows, mask=q_inside, other=0.0) * LOG2E
     q_shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if HAS_D_LSE:
+    if d_lse is not None:
         q_shift -= tl.load(d_lse + rows, mask=q_inside, other=0.0)
     tl.store(shift + rows, q_shift, mask=q_inside)
 
     start_y, end_y, low_y, high_y, full_low_y, full_high_y = keys_of_tile(
-        qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y
+        qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y
     )
     start_x, end_x, low_x, high_x, full_low_x, full_high_x = keys_of_tile(
-        qx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X
+        qx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, BORDER_X
     )
     k_base = class_base(key, k_strides, batch, head, residue_y, residue_x)
     v_base = class_base(value, v_strides, batch, head, residue_y, residue_x)
-    bias = tile_bias(
-        bias, bias_layout, head, heads, tile_y, tile_x, members_y, members_x,
-        KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, False, BIAS,
-    )  # fmt: skip
+    if BIAS > 0:
+        bias = tile_bias(
+            bias, bias_layout, head, heads, tile_y, tile_x, members_y, members_x,
+            KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, False, BIAS,
+        )  # fmt: skip
 
     k_offsets = member_offsets(k_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
     v_offsets = member_offsets(v_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
@@ -129,26 +125,27 @@ def query_kernel(
     for block in range(tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
         row, col = block // blocks_x, block % blocks_x
         block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
-        ky, kx = block_y + n // BLOCK_X, block_x + n % BLOCK_X
-        k_inside = (ky < high_y) & (kx < high_x)
+        ky, kx, k_inside = block_members(block_y, block_x, high_y, high_x, n, BLOCK_X, RADIUS)
         k_block = k_base + member_offset(k_strides, block_y, block_x, dilation_y, dilation_x)
         v_block = v_base + member_offset(v_strides, block_y, block_x, dilation_y, dilation_x)
         k = load(k_block + k_offsets, k_inside, d, dim, EVEN_D)
         v = load(v_block + v_offsets, k_inside, d, dim, EVEN_D)
-        full = (block_y >= full_low_y) & (block_y + BLOCK_Y <= full_high_y)
-        full = full & (block_x >= full_low_x) & (block_x + BLOCK_X <= full_high_x)
+        full = sees_all(
+            block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
+            TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
+        )  # fmt: skip
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
         logits = mask_and_bias(
             logits, bias, row * row_of_blocks + col, m, n, qy, qx, ky, kx,
-            start_y, end_y, start_x, end_x, low_y, low_x, full,
-            KERNEL_Y, KERNEL_X, M, N, False, BIAS, BITS,
+            start_y, end_y, start_x, end_x, low_y, low_x, full, None,
+            KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS,
         )  # fmt: skip
         weights = tl.exp2(logits)
         d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_shift[:, None])
         dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    if HAS_EXTRA:
+    if extra_key is not None:
         ek_base = class_base(extra_key, ek_strides, batch, head, 0, 0)
         ev_base = class_base(extra_value, ev_strides, batch, head, 0, 0)
         for first in range(0, extra, BLOCK_E):
@@ -161,8 +158,8 @@ def query_kernel(
             d_logits = weights * (d_weights - q_shift[:, None])
             dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    dq_base = class_base(d_query, dq_strides, batch, head, residue_y, residue_x)
-    dq_pointers = dq_base + member_offsets(dq_strides, qy, qx, d, dilation_y, dilation_x)
+    dq_base = class_base(d_query, o_strides, batch, head, residue_y, residue_x)
+    dq_pointers = dq_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
     store(dq_pointers, dq * scale, q_inside, d, dim, EVEN_D)
 
 
@@ -181,15 +178,10 @@ def key_value_kernel(
     do_strides,
     shift,
     d_key,
-    dk_strides,
     d_value,
-    dv_strides,
     height,
     width,
     heads,
-    dim,
-    tiles_y,
-    tiles_x,
     dilation_y,
     dilation_x,
     scale,
@@ -197,13 +189,15 @@ def key_value_kernel(
     KERNEL_X: tl.constexpr,
     STRIDE_Y: tl.constexpr,
     STRIDE_X: tl.constexpr,
-    CAUSAL_Y: tl.constexpr,
-    CAUSAL_X: tl.constexpr,
+    BORDER_Y: tl.constexpr,
+    BORDER_X: tl.constexpr,
+    RADIUS: tl.constexpr,
     PLAIN: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     BIAS: tl.constexpr,
@@ -213,11 +207,9 @@ def key_value_kernel(
     """Here the tile holds keys (M) and the blocks queries (N); logits are [M, N], the transpose of the forward's."""
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
-    batch, head, residue_y, residue_x, tile_y, tile_x = locate(
-        tl.program_id(0), heads, tiles_y, tiles_x, dilation_y, dilation_x
+    batch, head, residue_y, residue_x, members_y, members_x, tile_y, tile_x = tile_of_program(
+        tl.program_id(0), height, width, heads, dilation_y, dilation_x, TILE_Y, TILE_X
     )
-    members_y = class_length(height, dilation_y, residue_y).to(tl.int32)
-    members_x = class_length(width, dilation_x, residue_x).to(tl.int32)
     first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
     if (first_y >= members_y) | (first_x >= members_x):
         return
@@ -232,21 +224,22 @@ def key_value_kernel(
     v = load(v_base + member_offsets(v_strides, ky, kx, d, dilation_y, dilation_x), k_inside, d, dim, EVEN_D)
 
     start_y, end_y, low_y, high_y, full_low_y, full_high_y = queries_of_tile(
-        ky, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y
+        ky, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y
     )
     start_x, end_x, low_x, high_x, full_low_x, full_high_x = queries_of_tile(
-        kx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X
+        kx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, BORDER_X
     )
     q_base = class_base(query, q_strides, batch, head, residue_y, residue_x)
     do_base = class_base(d_out, do_strides, batch, head, residue_y, residue_x)
-    bias = tile_bias(
-        bias, bias_layout, head, heads, tile_y, tile_x, members_y, members_x,
-        KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, True, BIAS,
-    )  # fmt: skip
+    if BIAS > 0:
+        bias = tile_bias(
+            bias, bias_layout, head, heads, tile_y, tile_x, members_y, members_x,
+            KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, N, PLAIN, True, BIAS,
+        )  # fmt: skip
 
     q_offsets = member_offsets(q_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
     do_offsets = member_offsets(do_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
-    r_strides = row_strides(height, width, heads)
+    r_strides = strides_of(height, width, heads, 1)
     r_base = class_base(0, r_strides, batch, head, residue_y, residue_x)
     r_offsets = member_offset(r_strides, n // BLOCK_X, n % BLOCK_X, dilation_y, dilation_x)
     dk = tl.zeros([M, BLOCK_D], dtype=tl.float32)
@@ -256,8 +249,7 @@ def key_value_kernel(
     for block in range(tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
         row, col = block // blocks_x, block % blocks_x
         block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
-        qy, qx = block_y + n // BLOCK_X, block_x + n % BLOCK_X
-        q_inside = (qy < high_y) & (qx < high_x)
+        qy, qx, q_inside = block_members(block_y, block_x, high_y, high_x, n, BLOCK_X, RADIUS)
         q_block = q_base + member_offset(q_strides, block_y, block_x, dilation_y, dilation_x)
         do_block = do_base + member_offset(do_strides, block_y, block_x, dilation_y, dilation_x)
         q = load(q_block + q_offsets, q_inside, d, dim, EVEN_D)
@@ -265,13 +257,15 @@ def key_value_kernel(
         rows = r_base + member_offset(r_strides, block_y, block_x, dilation_y, dilation_x) + r_offsets
         q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * LOG2E  # no weight outside
         q_shift = tl.load(shift + rows, mask=q_inside, other=0.0)
-        full = (block_y >= full_low_y) & (block_y + BLOCK_Y <= full_high_y)
-        full = full & (block_x >= full_low_x) & (block_x + BLOCK_X <= full_high_x)
+        full = sees_all(
+            block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
+            TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
+        )  # fmt: skip
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) - q_lse[None, :]
         logits = mask_and_bias(
             logits, bias, row * row_of_blocks + col, m, n, ky, kx, qy, qx,
-            start_y, end_y, start_x, end_x, low_y, low_x, full,
-            KERNEL_Y, KERNEL_X, M, N, True, BIAS, BITS,
+            start_y, end_y, start_x, end_x, low_y, low_x, full, None,
+            KERNEL_Y, KERNEL_X, M, N, True, RADIUS, BIAS, BITS,
         )  # fmt: skip
         weights = tl.exp2(logits)
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -279,10 +273,11 @@ def key_value_kernel(
         d_logits = weights * (d_weights - q_shift[None, :])
         dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    dk_base = class_base(d_key, dk_strides, batch, head, residue_y, residue_x)
-    dv_base = class_base(d_value, dv_strides, batch, head, residue_y, residue_x)
-    dk_pointers = dk_base + member_offsets(dk_strides, ky, kx, d, dilation_y, dilation_x)
-    dv_pointers = dv_base + member_offsets(dv_strides, ky, kx, d, dilation_y, dilation_x)
+    o_strides = strides_of(height, width, heads, dim)
+    dk_base = class_base(d_key, o_strides, batch, head, residue_y, residue_x)
+    dv_base = class_base(d_value, o_strides, batch, head, residue_y, residue_x)
+    dk_pointers = dk_base + member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
+    dv_pointers = dv_base + member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
     store(dk_pointers, dk * scale, k_inside, d, dim, EVEN_D)
     store(dv_pointers, dv, k_inside, d, dim, EVEN_D)
 
@@ -305,12 +300,12 @@ def extra_kernel(
     tokens,
     width,
     heads,
-    dim,
     extra,
     part_tokens,
     scale,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,

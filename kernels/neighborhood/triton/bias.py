@@ -8,34 +8,23 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.neighborhood.triton.common import (
+    FAR,
     LOG2E,
-    bias_offsets,
     classes_of_kind,
     keys_of_tile,
     load,
     locate,
     member_offset,
     member_offsets,
+    pair_bias,
     pattern,
     queries_of_tile,
-    row_strides,
     store,
+    strides_of,
     tile_base,
     tiles_like,
     visibility,
 )
-
-
-@triton.jit
-def pair_bias(bias, head, my, mx, ny, nx, visible, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, OF_KEYS):
-    """[M, N] base-2 bias of the pairs of a tile and a block, -inf where hidden."""
-    bias += head * ((2 * KERNEL_Y - 1) * (2 * KERNEL_X - 1))
-    if OF_KEYS:
-        offsets = tl.trans(bias_offsets(ny, nx, my, mx, KERNEL_Y, KERNEL_X))
-    else:
-        offsets = bias_offsets(my, mx, ny, nx, KERNEL_Y, KERNEL_X)
-    x = tl.load(bias + offsets, mask=visible, other=0.0).to(tl.float32) * LOG2E
-    return tl.where(visible, x, float("-inf"))
 
 
 @triton.jit
@@ -50,8 +39,8 @@ def unroll_kernel(
     KERNEL_X: tl.constexpr,
     STRIDE_Y: tl.constexpr,
     STRIDE_X: tl.constexpr,
-    CAUSAL_Y: tl.constexpr,
-    CAUSAL_X: tl.constexpr,
+    BORDER_Y: tl.constexpr,
+    BORDER_X: tl.constexpr,
     PLAIN: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
@@ -88,17 +77,17 @@ def unroll_kernel(
     my = tl.minimum(first_y + m // TILE_X, members_y - 1)
     mx = tl.minimum(first_x + m % TILE_X, members_x - 1)
     if OF_KEYS:
-        start_y, end_y, low_y, _, _, _ = queries_of_tile(my, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y)
-        start_x, end_x, low_x, _, _, _ = queries_of_tile(mx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X)
+        start_y, end_y, low_y, _, _, _ = queries_of_tile(my, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y)
+        start_x, end_x, low_x, _, _, _ = queries_of_tile(mx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, BORDER_X)
     else:
-        start_y, end_y, low_y, _, _, _ = keys_of_tile(my, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y)
-        start_x, end_x, low_x, _, _, _ = keys_of_tile(mx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X)
+        start_y, end_y, low_y, _, _, _ = keys_of_tile(my, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y)
+        start_x, end_x, low_x, _, _, _ = keys_of_tile(mx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, BORDER_X)
     row = (kind_y * patterns_y + pattern_y).to(tl.int64) * (kinds_x * patterns_x) + kind_x * patterns_x + pattern_x
     to = unrolled + (row * heads + head) * (blocks_y * blocks_x) * (M * N)
     for block in range(blocks_y * blocks_x):
         ny = low_y + block // blocks_x * BLOCK_Y + n // BLOCK_X
         nx = low_x + block % blocks_x * BLOCK_X + n % BLOCK_X
-        visible = visibility(ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, False)
+        visible = visibility(my, mx, ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, 0, False)
         x = pair_bias(bias, head, my, mx, ny, nx, visible, KERNEL_Y, KERNEL_X, OF_KEYS)
         tl.store(to + block * (M * N) + m[:, None] * N + n[None, :], x)
 
@@ -140,19 +129,15 @@ def gradient_kernel(
     value,
     v_strides,
     bias,
-    out,
-    o_strides,
+    out,  # contiguous, as are the gradients
     lse,
     d_out,
     do_strides,
     d_lse,
     shift,  # [batch, height, width, heads]: read, or written where QUERY
     d_query,
-    dq_strides,
     d_key,
-    dk_strides,
     d_value,
-    dv_strides,
     d_unrolled,  # [parts, some heads, blocks_y, blocks_x, M, N] float32
     starts,  # [rows] int32: the first part of each row, written for `fold_kernel`
     layout,
@@ -160,7 +145,6 @@ def gradient_kernel(
     height,
     width,
     heads,
-    dim,
     dilation_y,
     dilation_x,
     first_head,
@@ -172,17 +156,17 @@ def gradient_kernel(
     KERNEL_X: tl.constexpr,
     STRIDE_Y: tl.constexpr,
     STRIDE_X: tl.constexpr,
-    CAUSAL_Y: tl.constexpr,
-    CAUSAL_X: tl.constexpr,
+    BORDER_Y: tl.constexpr,
+    BORDER_X: tl.constexpr,
     PLAIN: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    RADIUS: tl.constexpr,
+    dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
     QUERY: tl.constexpr,
     KEY_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -200,15 +184,14 @@ def gradient_kernel(
     pid = pid // some_heads
     block = pid % (blocks_y * blocks_x)
     part = pid // (blocks_y * blocks_x)
-    row, start = 0, 0
+    row, start, total = 0, 0, 0
     for r in range(rows):
         _, _, classes_y, _, tiles_y, _, _, classes_x, _, tiles_x = tiles_of_row(
             r, layout, height, width, dilation_y, dilation_x, KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, PLAIN
         )
-        parts = tl.maximum(tl.cdiv(batches * classes_y * classes_x * tiles_y * tiles_x, part_tiles), 1)
-        later = (part >= start + parts).to(tl.int32)
-        row += later
-        start += later * parts
+        total += tl.maximum(tl.cdiv(batches * classes_y * classes_x * tiles_y * tiles_x, part_tiles), 1)
+        row += (part >= total).to(tl.int32)
+        start = tl.where(part >= total, total, start)
     members_y, from_class_y, classes_y, from_y, tiles_y, members_x, from_class_x, classes_x, from_x, tiles_x = (
         tiles_of_row(row, layout, height, width, dilation_y, dilation_x, KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, PLAIN)
     )
@@ -219,13 +202,18 @@ def gradient_kernel(
     first_y, first_x = from_y * TILE_Y, from_x * TILE_X
     qy, qx = first_y + m // TILE_X, first_x + m % TILE_X
     q_inside = (qy < members_y) & (qx < members_x)
-    start_y, end_y, low_y, high_y, _, _ = keys_of_tile(qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y)
-    start_x, end_x, low_x, high_x, _, _ = keys_of_tile(qx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X)
+    start_y, end_y, low_y, high_y, _, _ = keys_of_tile(qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y)
+    start_x, end_x, low_x, high_x, _, _ = keys_of_tile(qx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, BORDER_X)
     ky = low_y + block // blocks_x * BLOCK_Y + n // BLOCK_X
     kx = low_x + block % blocks_x * BLOCK_X + n % BLOCK_X
     k_inside = (ky < high_y) & (kx < high_x)
-    visible = visibility(ky, kx, start_y, end_y, start_x, end_x, low_y, low_x, False) & q_inside[:, None]
-    if HAS_BIAS:
+    if RADIUS > 0:
+        seen_y = tl.where(k_inside, ky, ky + FAR)
+    else:
+        seen_y = ky
+    visible = visibility(qy, qx, seen_y, kx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS, False)
+    visible = visible & q_inside[:, None]
+    if bias is not None:
         pairs = pair_bias(bias, head, qy, qx, ky, kx, visible, KERNEL_Y, KERNEL_X, False)
     else:
         pairs = tl.where(visible, 0.0, float("-inf"))
@@ -233,7 +221,8 @@ def gradient_kernel(
     k_offsets = member_offsets(k_strides, ky, kx, d, dilation_y, dilation_x)
     v_offsets = member_offsets(v_strides, ky, kx, d, dilation_y, dilation_x)
     do_offsets = member_offsets(do_strides, qy, qx, d, dilation_y, dilation_x)
-    r_strides = row_strides(height, width, heads)
+    o_strides = strides_of(height, width, heads, dim)
+    r_strides = strides_of(height, width, heads, 1)
     r_offsets = member_offset(r_strides, qy, qx, dilation_y, dilation_x)
 
     acc = tl.zeros([M, N], dtype=tl.float32)
@@ -258,7 +247,7 @@ def gradient_kernel(
             o_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
             o = load(o_tile + o_offsets, q_inside, d, dim, EVEN_D)
             q_shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-            if HAS_D_LSE:
+            if d_lse is not None:
                 q_shift -= tl.load(d_lse + at, mask=q_inside, other=0.0)
             if not KEY_VALUE:
                 tl.store(shift + at, q_shift, mask=q_inside)
@@ -268,24 +257,24 @@ def gradient_kernel(
         weights = tl.exp2(tl.where(pairs == float("-inf"), pairs, logits + pairs))
         d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_shift[:, None])
-        if HAS_BIAS:
+        if bias is not None:
             acc += d_logits
         if QUERY:
             dq = tl.dot(d_logits.to(k.dtype), k, input_precision=PRECISION)
-            dq_tile = tile_base(d_query, dq_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
-            dq_offsets = member_offsets(dq_strides, qy, qx, d, dilation_y, dilation_x)
+            dq_tile = tile_base(d_query, o_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dq_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
             store(dq_tile + dq_offsets, dq * scale, q_inside, d, dim, EVEN_D)
         if KEY_VALUE:
             dk = tl.dot(tl.trans(d_logits.to(q.dtype)), q, input_precision=PRECISION)
-            dk_tile = tile_base(d_key, dk_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
-            dk_offsets = member_offsets(dk_strides, ky, kx, d, dilation_y, dilation_x)
+            dk_tile = tile_base(d_key, o_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dk_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
             store(dk_tile + dk_offsets, dk * scale, k_inside, d, dim, EVEN_D)
             dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
-            dv_tile = tile_base(d_value, dv_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
-            dv_offsets = member_offsets(dv_strides, ky, kx, d, dilation_y, dilation_x)
+            dv_tile = tile_base(d_value, o_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dv_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
             store(dv_tile + dv_offsets, dv, k_inside, d, dim, EVEN_D)
 
-    if HAS_BIAS:
+    if bias is not None:
         place = (part.to(tl.int64) * some_heads + head - first_head) * (blocks_y * blocks_x) + block
         tl.store(d_unrolled + place * (M * N) + m[:, None] * N + n[None, :], acc)
 
@@ -307,8 +296,8 @@ def fold_kernel(
     KERNEL_X: tl.constexpr,
     STRIDE_Y: tl.constexpr,
     STRIDE_X: tl.constexpr,
-    CAUSAL_Y: tl.constexpr,
-    CAUSAL_X: tl.constexpr,
+    BORDER_Y: tl.constexpr,
+    BORDER_X: tl.constexpr,
     PLAIN: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
@@ -330,8 +319,8 @@ def fold_kernel(
         row, layout, height, width, dilation_y, dilation_x, KERNEL_Y, KERNEL_X, TILE_Y, TILE_X, PLAIN
     )
     first_y, first_x = tile_y * TILE_Y, tile_x * TILE_X
-    _, _, low_y, _, _, _ = keys_of_tile(first_y, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, CAUSAL_Y)
-    _, _, low_x, _, _, _ = keys_of_tile(first_x, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, CAUSAL_X)
+    _, _, low_y, _, _, _ = keys_of_tile(first_y, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y)
+    _, _, low_x, _, _, _ = keys_of_tile(first_x, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, BORDER_X)
     first_part = tl.load(starts + row)
     last_part = tl.load(starts + row + 1, mask=row + 1 < rows, other=parts)
 

@@ -61,6 +61,23 @@ def locate(pid, heads, tiles_y, tiles_x, dilation_y, dilation_x):
 
 
 @triton.jit
+def tile_of_program(pid, height, width, heads, dilation_y, dilation_x, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """`locate` where every tile of the map has a program, and the members of the tile's class per axis."""
+    tiles_y, tiles_x = tl.cdiv(tl.cdiv(height, dilation_y), TILE_Y), tl.cdiv(tl.cdiv(width, dilation_x), TILE_X)
+    batch, head, residue_y, residue_x, tile_y, tile_x = locate(pid, heads, tiles_y, tiles_x, dilation_y, dilation_x)
+    members_y = class_length(height, dilation_y, residue_y).to(tl.int32)
+    members_x = class_length(width, dilation_x, residue_x).to(tl.int32)
+    return batch, head, residue_y, residue_x, members_y, members_x, tile_y, tile_x
+
+
+@triton.jit
+def strides_of(height, width, heads, dim):
+    """Strides of a contiguous [batch, height, width, heads, dim]; of one without the last axis where `dim` is 1."""
+    token = heads.to(tl.int64) * dim
+    return token * width * height, token * width, token, dim, 1
+
+
+@triton.jit
 def class_base(tensor, strides, batch, head, residue_y, residue_x):
     """Pointer to the first member of a residue class."""
     return tensor + batch * strides[0] + head * strides[3] + residue_y * strides[1] + residue_x * strides[2]
@@ -105,7 +122,9 @@ def store(pointers, x, inside, d, dim, EVEN_D: tl.constexpr):
 
 
 @triton.jit
-def keys_of_tile(query, first, members, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL):
+def keys_of_tile(
+    query, first, members, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BORDER: tl.constexpr
+):
     """One axis of the keys that a tile of queries from `first` sees.
 
     Returns the windows of `query` [M], start and end; the bounds of all the tile's windows; and those of the keys that
@@ -113,26 +132,28 @@ def keys_of_tile(query, first, members, TILE: tl.constexpr, KERNEL: tl.constexpr
     """
     last = tl.minimum(first + TILE, members) - 1
     return (
-        window_start(query, members, KERNEL, STRIDE, CAUSAL),
-        window_end(query, members, KERNEL, STRIDE, CAUSAL),
-        window_start(first, members, KERNEL, STRIDE, CAUSAL),
-        window_end(last, members, KERNEL, STRIDE, CAUSAL),
-        window_start(last, members, KERNEL, STRIDE, CAUSAL),
-        window_end(first, members, KERNEL, STRIDE, CAUSAL),
+        window_start(query, members, KERNEL, STRIDE, BORDER),
+        window_end(query, members, KERNEL, STRIDE, BORDER),
+        window_start(first, members, KERNEL, STRIDE, BORDER),
+        window_end(last, members, KERNEL, STRIDE, BORDER),
+        window_start(last, members, KERNEL, STRIDE, BORDER),
+        window_end(first, members, KERNEL, STRIDE, BORDER),
     )
 
 
 @triton.jit
-def queries_of_tile(key, first, members, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL):
+def queries_of_tile(
+    key, first, members, TILE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BORDER: tl.constexpr
+):
     """The same with the roles exchanged: the queries that see a tile of keys."""
     last = tl.minimum(first + TILE, members) - 1
     return (
-        first_query(key, members, KERNEL, STRIDE, CAUSAL),
-        last_query(key, members, KERNEL, STRIDE, CAUSAL) + 1,
-        first_query(first, members, KERNEL, STRIDE, CAUSAL),
-        last_query(last, members, KERNEL, STRIDE, CAUSAL) + 1,
-        first_query(last, members, KERNEL, STRIDE, CAUSAL),
-        last_query(first, members, KERNEL, STRIDE, CAUSAL) + 1,
+        first_query(key, members, KERNEL, STRIDE, BORDER),
+        last_query(key, members, KERNEL, STRIDE, BORDER) + 1,
+        first_query(first, members, KERNEL, STRIDE, BORDER),
+        last_query(last, members, KERNEL, STRIDE, BORDER) + 1,
+        first_query(last, members, KERNEL, STRIDE, BORDER),
+        last_query(first, members, KERNEL, STRIDE, BORDER) + 1,
     )
 
 
@@ -143,18 +164,53 @@ def window_bits(start, end, low):
 
 
 @triton.jit
-def visibility(y, x, start_y, end_y, start_x, end_x, low_y, low_x, BITS: tl.constexpr):
-    """[M, N]: whether y, x [N] are between start and end [M].
+def visibility(
+    my, mx, ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """[M, N]: whether those at ny, nx [N] are between start and end of those at my, mx [M] and within the circle.
 
     BITS says that nothing lies 32 or more beyond low; it takes two operations a pair instead of four.
     """
-    if BITS:
-        rows = (window_bits(start_y, end_y, low_y)[:, None] & (1 << (y - low_y))[None, :]) != 0
-        cols = (window_bits(start_x, end_x, low_x)[:, None] & (1 << (x - low_x))[None, :]) != 0
+    if RADIUS > 0:  # every member between start and end is on the map, and whatever is not is `FAR`
+        dy, dx = my[:, None] - ny[None, :], mx[:, None] - nx[None, :]
+        visible = dy * dy + dx * dx < RADIUS * RADIUS
+    elif BITS:
+        rows = (window_bits(start_y, end_y, low_y)[:, None] & (1 << (ny - low_y))[None, :]) != 0
+        cols = (window_bits(start_x, end_x, low_x)[:, None] & (1 << (nx - low_x))[None, :]) != 0
+        visible = rows & cols
     else:
-        rows = (y[None, :] >= start_y[:, None]) & (y[None, :] < end_y[:, None])
-        cols = (x[None, :] >= start_x[:, None]) & (x[None, :] < end_x[:, None])
-    return rows & cols
+        rows = (ny[None, :] >= start_y[:, None]) & (ny[None, :] < end_y[:, None])
+        cols = (nx[None, :] >= start_x[:, None]) & (nx[None, :] < end_x[:, None])
+        visible = rows & cols
+    return visible
+
+
+FAR = tl.constexpr(30_000)  # its square is an int32, and no radius reaches it
+
+
+@triton.jit
+def block_members(block_y, block_x, high_y, high_x, n, BLOCK_X: tl.constexpr, RADIUS: tl.constexpr):
+    """y, x [N] of the members of a block, and whether they come before `high`. With a circle, others are put FAR."""
+    y, x = block_y + n // BLOCK_X, block_x + n % BLOCK_X
+    inside = (y < high_y) & (x < high_x)
+    if RADIUS > 0:
+        y = tl.where(inside, y, y + FAR)
+    return y, x, inside
+
+
+@triton.jit
+def sees_all(
+    block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, RADIUS: tl.constexpr,
+):  # fmt: skip
+    """Whether every member of a tile sees every member of a block."""
+    full = (block_y >= full_low_y) & (block_y + BLOCK_Y <= full_high_y)
+    full = full & (block_x >= full_low_x) & (block_x + BLOCK_X <= full_high_x)
+    if RADIUS > 0:  # from corner to corner
+        dy = tl.maximum(block_y + BLOCK_Y - 1 - first_y, first_y + TILE_Y - 1 - block_y)
+        dx = tl.maximum(block_x + BLOCK_X - 1 - first_x, first_x + TILE_X - 1 - block_x)
+        full = full & (dy * dy + dx * dx < RADIUS * RADIUS)
+    return full
 
 
 @triton.jit
@@ -164,11 +220,25 @@ def bias_offsets(qy, qx, ky, kx, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr)
     return from_query[:, None] + (ky * (2 * KERNEL_X - 1) + kx)[None, :]
 
 
-# What becomes of the bias: there is none; it is read pair by pair from its table; or it was laid out for whole tiles
-# beforehand, hidden pairs at -inf, which pays where many tiles look alike.
-NO_BIAS = tl.constexpr(0)
+# What becomes of the bias: there is none; it is read pair by pair from its table; it was laid out for whole tiles
+# beforehand, hidden pairs at -inf, which pays where many tiles look alike; or a program keeps that of its only block
+# for several images.
+NO_BIAS = tl.constexpr(0)  # their order is used
 TABLE = tl.constexpr(1)
 UNROLLED = tl.constexpr(2)
+HELD = tl.constexpr(3)
+
+
+@triton.jit
+def pair_bias(bias, head, my, mx, ny, nx, visible, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, OF_KEYS):
+    """[M, N] base-2 bias of the pairs of a tile and a block, -inf where hidden."""
+    bias += head * ((2 * KERNEL_Y - 1) * (2 * KERNEL_X - 1))
+    if OF_KEYS:
+        offsets = tl.trans(bias_offsets(ny, nx, my, mx, KERNEL_Y, KERNEL_X))
+    else:
+        offsets = bias_offsets(my, mx, ny, nx, KERNEL_Y, KERNEL_X)
+    x = tl.load(bias + offsets, mask=visible, other=0.0).to(tl.float32) * LOG2E
+    return tl.where(visible, x, float("-inf"))
 
 
 @triton.jit
@@ -246,40 +316,38 @@ def mask_and_bias(
     low_y,
     low_x,
     full,
+    pairs,
     KERNEL_Y: tl.constexpr,
     KERNEL_X: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     OF_KEYS: tl.constexpr,
+    RADIUS: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
 ):
     """Base-2 logits [M, N] of a tile and a block: the bias added, -inf where query and key do not see each other.
 
-    M are the tile's members, at `my`, `mx`, that see those from start to end; N are the block's, at `ny`, `nx`.
+    M are the tile's members, at `my`, `mx`, that see those from start to end; N are the block's, at `ny`, `nx`. `pairs`
+    [M, N] is HELD bias.
     """
     if BIAS == UNROLLED:
-        unrolled = tl.load(bias + block * (M * N) + m[:, None] * N + n[None, :])
-        logits = tl.where(unrolled == float("-inf"), unrolled, logits + unrolled)
+        pairs = tl.load(bias + block * (M * N) + m[:, None] * N + n[None, :])
+    if BIAS >= UNROLLED:
+        logits = tl.where(pairs == float("-inf"), pairs, logits + pairs)
     elif BIAS == TABLE:
-        visible = visibility(ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, BITS)
+        visible = visibility(my, mx, ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS, BITS)
         if OF_KEYS:
             offsets = tl.trans(bias_offsets(ny, nx, my, mx, KERNEL_Y, KERNEL_X))
         else:
             offsets = bias_offsets(my, mx, ny, nx, KERNEL_Y, KERNEL_X)
         logits += tl.load(bias + offsets, mask=visible, other=0.0).to(tl.float32) * LOG2E
         logits = tl.where(visible, logits, float("-inf"))
-    elif BITS:
-        visible = visibility(ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, BITS)
+    elif BITS and RADIUS == 0:
+        visible = visibility(my, mx, ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS, BITS)
         logits = tl.where(visible, logits, float("-inf"))
     else:
         if not full:
-            visible = visibility(ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, BITS)
+            visible = visibility(my, mx, ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS, BITS)
             logits = tl.where(visible, logits, float("-inf"))
     return logits
-
-
-@triton.jit
-def row_strides(height, width, heads):
-    """Strides of a contiguous [batch, height, width, heads], such as the log-sum-exp."""
-    return height.to(tl.int64) * width * heads, width.to(tl.int64) * heads, heads, 1, 0
