@@ -79,7 +79,7 @@ def check(inputs, geometry):
 @pytest.mark.parametrize(("name", "unroll"), [(name, u) for name in CASES for u in (False, True)[: 1 + CASES[name][5]]])
 def test_matches_reference(name, unroll, monkeypatch):
     monkeypatch.setattr(triton, "UNROLL_REUSE", 0 if unroll else 10**9)
-    monkeypatch.setattr(triton, "HELD_PROGRAMS", 1)
+    monkeypatch.setattr(triton, "PROGRAMS", 1)
     check(*make(CASES[name]))
 
 

@@ -22,9 +22,9 @@ BLOCK_E = 64  # extra tokens taken at a time
 # Programs among which the sums over the whole batch are split: enough to fill a large GPU.
 BIAS_PROGRAMS = 1024
 EXTRA_PROGRAMS = 512
-# A program holds its bias for so many images at most, as long as so many programs are left.
-HELD_IMAGES = 8
-HELD_PROGRAMS = 2048
+# A program takes so many images in turn at most, as long as so many programs are left.
+IMAGES = 8
+PROGRAMS = 2048
 # Bias is unrolled where at least so many tiles share each pattern and it stays small; its gradient is summed for as
 # many heads at a time as stay within these bytes, and for one at least.
 UNROLL_REUSE = 4
@@ -118,9 +118,9 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
         config.tile_y * config.tile_x,
         config.block_y * config.block_x,
     )
-    if s.has_bias and kernel == "forward" and blocks == (1, 1):
-        mode = HELD
-        while images < HELD_IMAGES and grid[0] > HELD_PROGRAMS * images:
+    if kernel == "forward" and blocks == (1, 1):  # what does not change with the image is made once for several
+        mode = HELD if s.has_bias else NO_BIAS
+        while images < IMAGES and grid[0] > PROGRAMS * images:
             images *= 2
         grid = (-(-batch // images) * (grid[0] // batch),)
     elif s.has_bias and grid[0] >= UNROLL_REUSE * shape[0] and 4 * math.prod(shape) <= UNROLL_BYTES:
@@ -358,7 +358,7 @@ def _bias_gradient(
             some,
             rows,
             parts,
-            BLOCK_P=32,
+            BLOCK_P=256,
             BLOCK_O=triton.next_power_of_2(p.bias.shape[2]),
             **unroll_options,
         )

@@ -21,8 +21,8 @@ from zoo.kernels.neighborhood.triton.common import (
     queries_of_tile,
     store,
     strides_of,
-    tile_base,
     tiles_like,
+    token_base,
     visibility,
 )
 
@@ -230,20 +230,20 @@ def gradient_kernel(
     stop = tl.minimum(first + part_tiles, batches * classes_y * classes_x * tiles_y * tiles_x)
     for item in range(first, stop):
         batch, only, class_y, class_x, tile_y, tile_x = locate(item, 1, tiles_y, tiles_x, classes_y, classes_x)
-        residue_y, residue_x = from_class_y + class_y, from_class_x + class_x
-        y, x = tile_y * TILE_Y, tile_x * TILE_X
-        q_tile = tile_base(query, q_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
-        k_tile = tile_base(key, k_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
-        v_tile = tile_base(value, v_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
-        do_tile = tile_base(d_out, do_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
-        at = tile_base(0, r_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x) + r_offsets
+        y = (from_class_y + class_y + tile_y * TILE_Y * dilation_y).to(tl.int32)
+        x = (from_class_x + class_x + tile_x * TILE_X * dilation_x).to(tl.int32)
+        q_tile = token_base(query, q_strides, batch, y, x, head)
+        k_tile = token_base(key, k_strides, batch, y, x, head)
+        v_tile = token_base(value, v_strides, batch, y, x, head)
+        do_tile = token_base(d_out, do_strides, batch, y, x, head)
+        at = token_base(0, r_strides, batch, y, x, head) + r_offsets
         q = load(q_tile + q_offsets, q_inside, d, dim, EVEN_D)
         do = load(do_tile + do_offsets, q_inside, d, dim, EVEN_D)
         k = load(k_tile + k_offsets, k_inside, d, dim, EVEN_D)
         v = load(v_tile + v_offsets, k_inside, d, dim, EVEN_D)
         q_lse = tl.load(lse + at, mask=q_inside, other=0.0) * LOG2E
         if QUERY:
-            o_tile = tile_base(out, o_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            o_tile = token_base(out, o_strides, batch, y, x, head)
             o_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
             o = load(o_tile + o_offsets, q_inside, d, dim, EVEN_D)
             q_shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -261,16 +261,16 @@ def gradient_kernel(
             acc += d_logits
         if QUERY:
             dq = tl.dot(d_logits.to(k.dtype), k, input_precision=PRECISION)
-            dq_tile = tile_base(d_query, o_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dq_tile = token_base(d_query, o_strides, batch, y, x, head)
             dq_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
             store(dq_tile + dq_offsets, dq * scale, q_inside, d, dim, EVEN_D)
         if KEY_VALUE:
             dk = tl.dot(tl.trans(d_logits.to(q.dtype)), q, input_precision=PRECISION)
-            dk_tile = tile_base(d_key, o_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dk_tile = token_base(d_key, o_strides, batch, y, x, head)
             dk_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
             store(dk_tile + dk_offsets, dk * scale, k_inside, d, dim, EVEN_D)
             dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
-            dv_tile = tile_base(d_value, o_strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x)
+            dv_tile = token_base(d_value, o_strides, batch, y, x, head)
             dv_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
             store(dv_tile + dv_offsets, dv, k_inside, d, dim, EVEN_D)
 
@@ -324,20 +324,18 @@ def fold_kernel(
     first_part = tl.load(starts + row)
     last_part = tl.load(starts + row + 1, mask=row + 1 < rows, other=parts)
 
-    p, o = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_O)
-    # Where the key with this offset lies among the keys of the tile.
-    place_y = first_y + query_y + offset_y - (KERNEL_Y - 1) - low_y + 0 * o
-    reached = (place_y >= 0) & (place_y < blocks_y * BLOCK_Y) & (o < 2 * KERNEL_X - 1)
+    i, o = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_O)
+    # Where the key with this offset lies among the keys of the tile, for every query of the row.
+    place_y = first_y + query_y + offset_y - (KERNEL_Y - 1) - low_y
+    query_x = i % TILE_X
+    place_x = (first_x + query_x)[:, None] + o[None, :] - (KERNEL_X - 1) - low_x
+    inside = (place_x >= 0) & (place_x < blocks_x * BLOCK_X) & (o < 2 * KERNEL_X - 1)[None, :]
+    inside = inside & (place_y + 0 * place_x >= 0) & (place_y + 0 * place_x < blocks_y * BLOCK_Y)
+    block = place_y // BLOCK_Y * blocks_x + place_x // BLOCK_X
+    pair = (block * M + query_y * TILE_X + query_x[:, None]) * N + place_y % BLOCK_Y * BLOCK_X + place_x % BLOCK_X
     acc = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
-    for query_x in range(TILE_X):
-        place_x = first_x + query_x + o - (KERNEL_X - 1) - low_x
-        inside = reached & (place_x >= 0) & (place_x < blocks_x * BLOCK_X)
-        block = place_y // BLOCK_Y * blocks_x + place_x // BLOCK_X
-        pair = (block * M + query_y * TILE_X + query_x) * N + place_y % BLOCK_Y * BLOCK_X + place_x % BLOCK_X
-        for first in range(first_part, last_part, BLOCK_P):
-            part = (first + p).to(tl.int64)
-            at = (part * some_heads + head) * (blocks_y * blocks_x * M * N)
-            acc += tl.load(
-                d_unrolled + at[:, None] + pair[None, :], mask=(part < last_part)[:, None] & inside[None, :], other=0.0
-            )
+    for first in range(first_part, last_part, BLOCK_P // TILE_X):
+        part = first + i // TILE_X
+        at = (part.to(tl.int64) * some_heads + head) * (blocks_y * blocks_x * M * N)
+        acc += tl.load(d_unrolled + at[:, None] + pair, mask=(part < last_part)[:, None] & inside, other=0.0)
     tl.store(sums + pid.to(tl.int64) * (2 * KERNEL_X - 1) + o, tl.sum(acc, 0), mask=o < 2 * KERNEL_X - 1)

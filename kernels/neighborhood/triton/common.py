@@ -86,7 +86,8 @@ def class_base(tensor, strides, batch, head, residue_y, residue_x):
 @triton.jit
 def member_offset(strides, y, x, dilation_y, dilation_x):
     """Distance in memory from the first member of a class to member `y`, `x`, scalars or [rows]."""
-    return y.to(tl.int64) * strides[1] * dilation_y + x.to(tl.int64) * strides[2] * dilation_x
+    # Places on the map fit 32 bits; their products with strides are made in one instruction so.
+    return (y * dilation_y).to(tl.int64) * strides[1] + (x * dilation_x).to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -96,10 +97,11 @@ def member_offsets(strides, y, x, d, dilation_y, dilation_x):
 
 
 @triton.jit
-def tile_base(tensor, strides, batch, head, residue_y, residue_x, y, x, dilation_y, dilation_x):
-    """Pointer to member `y`, `x`, scalars, of a residue class."""
-    base = class_base(tensor, strides, batch, head, residue_y, residue_x)
-    return base + member_offset(strides, y, x, dilation_y, dilation_x)
+def token_base(tensor, strides, batch, row, col, head):
+    """Pointer to a token of the map, all scalars."""
+    return (
+        tensor + batch * strides[0] + row.to(tl.int64) * strides[1] + col.to(tl.int64) * strides[2] + head * strides[3]
+    )
 
 
 @triton.jit

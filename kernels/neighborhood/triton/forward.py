@@ -80,7 +80,7 @@ def forward_kernel(
     IMAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program takes the same tile of IMAGES images in turn; of one, unless its bias is HELD for them."""
+    """A program takes the same tile of IMAGES images in turn; of one, unless all keys of a tile are in one block."""
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
     group, head, residue_y, residue_x, members_y, members_x, tile_y, tile_x = tile_of_program(
@@ -127,7 +127,7 @@ def forward_kernel(
         # Finite, so that a block of which a query sees nothing leaves no nan.
         top = tl.full([M], -1e30, dtype=tl.float32)
         total = tl.zeros([M], dtype=tl.float32)
-        for block in range(1 if BIAS == HELD else tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
+        for block in range(1 if IMAGES > 1 else tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
             row, col = block // blocks_x, block % blocks_x
             block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
             ky, kx, k_inside = block_members(block_y, block_x, high_y, high_x, n, BLOCK_X, RADIUS)
