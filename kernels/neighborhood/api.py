@@ -88,21 +88,15 @@ def neighborhood_attention_2d(
 
     tensors, geometry = (query, key, value), (kernel_size, dilation, stride, is_causal)
     options = rel_pos_bias, extra_key, extra_value, float(scale)
+    covers_map = dense.covers_map(height, width, kernel_size, dilation, is_causal)
+    backend, _ = ops.choose_backend(query, backend, covers_map, return_lse)
+    if backend == "dense":
+        return dense.neighborhood_attention_2d(*tensors, kernel_size, dilation, *options)
     if backend in ("reference", "natten"):
         module = reference if backend == "reference" else natten
         out, lse = module.neighborhood_attention_2d(*tensors, *geometry, *options)
-        return (out, lse) if return_lse else out
-
-    if backend == "triton" and (obstacle := ops.why_not_triton(query)) is not None:
-        raise ValueError(f"backend='triton' {obstacle}")
-    fused = ops.takes_triton(query, backend)
-    covers_map = dense.covers_map(height, width, kernel_size, dilation, is_causal)
-    # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
-    if covers_map and not fused and not return_lse and query.shape[0] > 0:
-        return dense.neighborhood_attention_2d(*tensors, kernel_size, dilation, *options)
-    out, lse = torch.ops.zoo.neighborhood_attention_2d(
-        *tensors, *options[:3], *geometry, options[3], "triton" if fused else "tiled"
-    )
+    else:
+        out, lse = torch.ops.zoo.neighborhood_attention_2d(*tensors, *options[:3], *geometry, options[3], backend)
     return (out, lse) if return_lse else out
 
 
