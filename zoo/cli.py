@@ -21,6 +21,7 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
 look around
   models     list our models                  zoo models 'dinat_*'
   demo       train on digits, draw pictures   zoo demo
+  doctor     which kernels run here, and why  zoo doctor
 
 recipes, for --config (or the path of a YAML file of your own; later options win)
   {recipes}
@@ -64,5 +65,19 @@ def run(command: str, args: list[str]) -> None:
         from zoo.demo import run_demo
 
         run_demo(options.seed)
+    elif command == "doctor":
+        parser = ArgumentParser(
+            "zoo doctor", description="Say what is installed, and which backend calls would use here and why."
+        )
+        sizes = ("BATCH", "HEIGHT", "WIDTH", "HEADS", "DIM")
+        parser.add_argument("--shape", type=int, nargs=5, metavar=sizes, help="ask about one call: its query's shape")
+        parser.add_argument("--kernel-size", type=int, default=7, help="its window (default: 7)")
+        parser.add_argument("--dilation", type=int, default=1, help="its dilation (default: 1)")
+        parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
+        parser.add_argument("--device", default="cpu", help="such as cuda, which need not be there (default: cpu)")
+        options = parser.parse_args(args)
+        from zoo.doctor import run_doctor
+
+        run_doctor(**vars(options))
     else:
         raise UserError(f"there is no command {command!r}; `zoo --help` lists them")

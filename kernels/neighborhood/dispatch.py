@@ -19,19 +19,12 @@ def attend(inputs, geometry, scale: float, return_lse: bool, backend: str) -> Te
         backend: "auto", "reference", "tiled" or "triton".
     """
     query = inputs[0]
+    backend, _ = ops.choose_backend(query, backend, dense.covers_map(*query.shape[1:3], *geometry), return_lse)
+    if backend == "dense":
+        return dense.neighborhood_attention_2d(*inputs[:3], geometry[1], *inputs[3:], scale)
     if backend == "reference":
         out, lse = reference.neighborhood_attention_2d(*inputs[:3], *geometry, *inputs[3:], scale)
-        return (out, lse) if return_lse else out
-
-    if backend == "triton" and (obstacle := ops.why_not_triton(query)) is not None:
-        raise ValueError(f"backend='triton' {obstacle}")
-    fused = ops.takes_triton(query, backend)
-    covers_map = dense.covers_map(*query.shape[1:3], *geometry)
-    # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
-    if covers_map and not fused and not return_lse and query.shape[0] > 0:
-        return dense.neighborhood_attention_2d(*inputs[:3], geometry[1], *inputs[3:], scale)
-    *geometry, radius = geometry
-    out, lse = torch.ops.zoo.neighborhood_attention_2d(
-        *inputs, *geometry, scale, radius, "triton" if fused else "tiled"
-    )
+    else:
+        *geometry, radius = geometry
+        out, lse = torch.ops.zoo.neighborhood_attention_2d(*inputs, *geometry, scale, radius, backend)
     return (out, lse) if return_lse else out

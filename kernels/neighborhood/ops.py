@@ -47,7 +47,36 @@ def why_not_triton(query: Tensor) -> str | None:
 
 def takes_triton(query: Tensor, backend: str) -> bool:
     """Whether a call with this backend runs the fused kernels."""
-    return backend == "triton" or (backend == "auto" and query.is_cuda and why_not_triton(query) is None)
+    return backend == "triton" or (backend == "auto" and query.device.type == "cuda" and why_not_triton(query) is None)
+
+
+def choose_backend(query: Tensor, backend: str, covers_map: bool, return_lse: bool) -> tuple[str, str]:
+    """What runs a call whose arguments were checked, and why: the one rule, for calls and for who asks about them.
+
+    Args:
+        query: Anything with the `device`, `dtype` and `shape` of the query.
+        backend: What the call asks for.
+        covers_map: Whether every query sees its whole residue class.
+        return_lse: Whether the call returns the log-sum-exp.
+
+    Returns:
+        "triton", "dense", "tiled", "reference" or "natten", and the reason.
+
+    Raises:
+        ValueError: `backend` cannot run the call.
+    """
+    if backend in ("reference", "natten"):
+        return backend, "asked for"
+    if backend == "triton":
+        if (obstacle := why_not_triton(query)) is not None:
+            raise ValueError(f"backend='triton' {obstacle}")
+        return "triton", "asked for"
+    if takes_triton(query, backend):
+        return "triton", "its fused kernels are the fastest on GPUs"
+    # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
+    if covers_map and not return_lse and query.shape[0] > 0:
+        return "dense", "the window covers the map: torch's scaled_dot_product_attention is exact"
+    return "tiled", "asked for" if backend == "tiled" else "it runs everywhere"
 
 
 def _run(direction: str, query: Tensor, backend: str, *arguments):

@@ -178,12 +178,13 @@ class _Problem:
             logits.masked_fill_(group.hidden, float("-inf"))
         if self.extra_key is not None:
             extra = self.extra(q, batch_heads) @ self.extra_key[batch_heads].transpose(1, 2)
-            logits = torch.cat([logits, extra.view(*logits.shape[:2], -1)], dim=-1)
+            logits = torch.cat([logits, extra.view(*logits.shape[:2], extra.shape[-1])], dim=-1)
         return logits
 
     def extra(self, x: Tensor, batch_heads: slice) -> Tensor:
         """[batch * heads * tiles, q, n] -> [batch * heads, tiles * q, n], to meet the extra tokens."""
-        return x.reshape(batch_heads.stop - batch_heads.start, -1, x.shape[-1])
+        count = batch_heads.stop - batch_heads.start
+        return x.reshape(count, x.shape[0] * x.shape[1] // count, x.shape[-1])  # -1 cannot be told where n is 0
 
 
 def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale) -> tuple[Tensor, Tensor]:
@@ -236,7 +237,7 @@ def backward(
         d_weights = torch.bmm(do, v.transpose(1, 2))
         if extra_key is not None:
             extra = p.extra(do, bh) @ p.extra_value[bh].transpose(1, 2)
-            d_weights = torch.cat([d_weights, extra.view(*d_weights.shape[:2], -1)], dim=-1)
+            d_weights = torch.cat([d_weights, extra.view(*d_weights.shape[:2], extra.shape[-1])], dim=-1)
         d_logits = d_weights.sub_(row_shift).mul_(weights)
 
         window, d_window = weights[..., :k_size], d_logits[..., :k_size]

@@ -261,6 +261,18 @@ def test_empty_batch(kernel_size, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_no_extra_tokens(kernel_size, backend):
+    """An empty text is as no text."""
+    qkv, options = make((2, 5, 5, 2, 4), (kernel_size, kernel_size))
+    empty = torch.zeros(2, 0, 2, 4, dtype=torch.float64)
+    expected = outputs_and_grads(qkv, options, kernel_size, backend=backend)
+    results = outputs_and_grads(qkv, options | {"extra_key": empty, "extra_value": empty}, kernel_size, backend=backend)
+    assert [x.shape for x in results[5:]] == [empty.shape, empty.shape]
+    assert_all_close(results[:5], expected, 1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [(12, 9), (13, 11)])
 def test_dilation_is_attention_within_each_residue_class(size, backend):
     (q, k, v), options = make((1, *size, 2, 4), (3, 3), grad=False)
