@@ -36,9 +36,10 @@ from measure import first_line, gpu_slug, markdown_table, versions
 NAMES = ("nat_tiny", "dinat_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny")
 MODES, WAYS = ("inference", "training"), ("eager", "compiled")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-# Of the largest output, and of the norm of all gradients. On the CPU, where it was tried, bfloat16 autocast of these
-# models errs by 0.005 to 0.011, and that of halonet26t, with batch norm over two images, by 0.04.
-ALLOWED = 0.08
+# Inference: of the largest output. Training: of the norm of all gradients, too. Tried on the CPU, bfloat16 autocast of
+# convnext_tiny, swin_tiny and halonet26t errs by 0.004 to 0.007 in inference and 0.006 to 0.07 (batch norm over two
+# images) in training; one bias table of swin_tiny with its sign changed, by 0.06.
+ALLOWED = {"inference": 0.02, "training": 0.12}
 DEVICE = "cuda"
 
 
@@ -59,12 +60,25 @@ class Job(NamedTuple):
 
 
 def create(job: Job) -> nn.Module:
-    """The model with fixed random weights, on the CPU. Without stochastic depth: its outputs are to be compared."""
+    """The model with fixed random weights, on the CPU. Without stochastic depth: its outputs are to be compared.
+
+    As models are initialised, the head sees little but the stem: weights are small, and layer scale is. Here every part
+    counts, or comparing outputs would say nothing of the attention.
+    """
     torch.manual_seed(0)
     try:
         model = timm.create_model(job.name, img_size=job.size, drop_path_rate=0.0)
     except TypeError:  # most models take any size
         model = timm.create_model(job.name, drop_path_rate=0.0)
+    products = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    with torch.no_grad():
+        for x in model.parameters():
+            if x in products:
+                x.normal_(std=x[0].numel() ** -0.5)
+            elif x.dim() > 1:  # tables of positions
+                x.normal_()
+            elif 0 < x.abs().max() < 0.1:  # layer scale
+                x.fill_(0.5)
     return model.train(job.mode == "training")
 
 
@@ -125,7 +139,7 @@ def measure(job: Job, layout: str, compile_mode: str) -> dict:
     model = model.to(DEVICE, memory_format=memory_format)
     call = torch.compile(model, mode=compile_mode) if job.way == "compiled" else model
     error = error_of(model, call, job, memory_format)
-    if not error <= ALLOWED:
+    if not error <= ALLOWED[job.mode]:
         raise ValueError(f"differs from float32 on the CPU by {error:.2g}")
     images = torch.randn(job.batch, 3, job.size, job.size, device=DEVICE).contiguous(memory_format=memory_format)
     labels = torch.randint(1000, (job.batch,), device=DEVICE)

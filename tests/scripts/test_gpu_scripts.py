@@ -1,0 +1,303 @@
+"""The scripts for GPUs, as far as they run without one: their help, arithmetic, tables and comparisons."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from zoo.kernels import neighborhood_attention_2d
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def script_folder(monkeypatch):
+    """As `python scripts/x.py` has it."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture
+def measure():
+    return importlib.import_module("measure")
+
+
+@pytest.fixture
+def bench_gpu():
+    return importlib.import_module("bench_gpu")
+
+
+@pytest.fixture
+def bench_models():
+    return importlib.import_module("bench_models")
+
+
+@pytest.fixture
+def check_kernels(monkeypatch):
+    module = importlib.import_module("check_kernels")
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "BACKEND", "tiled")
+    monkeypatch.setattr(module, "CHOSEN", ["neighborhood"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in SCRIPTS.glob("*.py") if p.stem != "measure"))
+def test_help(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(name).main()
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {name}.py")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["bench_gpu", "bench_models", "check_kernels"])
+def test_without_a_gpu(name, monkeypatch):
+    monkeypatch.setattr("sys.argv", [f"{name}.py"])
+    with pytest.raises(SystemExit, match="needs a CUDA GPU"):
+        importlib.import_module(name).main()
+
+
+# Attention in plain torch
+
+
+def random_problem(window, shape, bias, extra):
+    batch, _, _, heads, dim = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    table = randn(heads, *(2 * k - 1 for k in window.kernel_size)) if bias else None
+    tokens = [randn(batch, extra, heads, dim) if extra else None for _ in range(2)]
+    return [*(randn(*shape) for _ in range(3)), table, *tokens], randn(*shape), randn(*shape[:-1])
+
+
+@pytest.mark.parametrize("most", [2**27, 400])  # one band, many
+@pytest.mark.parametrize(
+    ("shape", "window", "bias", "extra"),
+    [
+        ((2, 9, 11, 2, 4), ((3, 4), (2, 2), (1, 2), (False, True)), True, 3),
+        ((1, 14, 12, 2, 4), ((7, 5), (2, 1)), True, 0),
+        ((1, 6, 6, 1, 4), ((6, 6),), False, 2),
+    ],
+)
+def test_plain_attention(measure, shape, window, bias, extra, most):
+    window = measure.Window(*window)
+    inputs, *grads = random_problem(window, shape, bias, extra)
+    ours = measure.attend_and_differentiate(window, inputs, *grads, backend="reference")
+    plain = measure.plain_attention(window, inputs, *grads, dtype=torch.float64, most=most)
+    for a, b in zip(ours, plain, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_plain_circular_attention(measure):
+    window = measure.Window(radius=3)
+    (query, key, value, _, *text), grad_out, grad_lse = random_problem(window, (1, 5, 7, 1, 4), False, 2)
+    out, lse, *grads = measure.plain_attention(
+        window, [query, key, value, None, *text], grad_out, grad_lse, dtype=torch.float64, most=100
+    )
+    y, x = torch.arange(35) // 7, torch.arange(35) % 7
+    seen = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < 9
+    keys, values = (torch.cat([a.flatten(1, 2), b], 1)[0, :, 0] for a, b in ((key, text[0]), (value, text[1])))
+    logits = query[0, :, :, 0].flatten(0, 1) @ keys.T / 2
+    logits[:, :35] = logits[:, :35].masked_fill(~seen, -math.inf)
+    torch.testing.assert_close(out[0, :, :, 0].flatten(0, 1), logits.softmax(-1) @ values, rtol=0, atol=1e-13)
+    torch.testing.assert_close(lse[0, :, :, 0].flatten(), logits.logsumexp(-1), rtol=0, atol=1e-13)
+    assert [None if g is None else g.shape for g in grads] == [query.shape] * 3 + [None] + [text[0].shape] * 2
+
+
+def test_flash_rule(measure):
+    exact = [torch.ones(3, dtype=torch.double)] + [None] * 7
+    plain = [torch.ones(3) + 1e-3] + [None] * 7
+    good, bad, broken = ([torch.ones(3) + e] + [None] * 7 for e in (1.9e-3, 2.1e-3, math.nan))
+    shares, wrong = measure.flash_rule(good, plain, exact)
+    assert shares["out"] == pytest.approx(0.95, rel=0.01) and not wrong
+    for result in (bad, broken):
+        [wrong] = measure.flash_rule(result, plain, exact)[1]
+        assert wrong.startswith("out: ")
+
+
+# Arithmetic and words
+
+
+def test_floors(measure, bench_gpu):
+    row = bench_gpu.NEIGHBORHOOD[0]
+    tokens, heads = 128 * 56 * 56, 2
+    assert bench_gpu.row_bytes(row, False) == tokens * heads * (4 * 32 * 2 + 4)
+    assert bench_gpu.row_bytes(row, True) == tokens * heads * (12 * 32 * 2 + 2 * 4)
+    memory, products = bench_gpu.floors(row, bandwidth=4e12, rate=8e14)["forward"]
+    assert memory == pytest.approx(tokens * heads * 260 / 4e9)
+    assert products == pytest.approx(tokens * heads * 4 * 49 * 32 / 8e11)
+    text = bench_gpu.CIRCULAR[0]
+    assert bench_gpu.row_bytes(text, False) == 24 * (4096 * (4 * 256 + 4) + 2 * 512 * 256)
+
+
+@pytest.mark.parametrize(("height", "width", "radius"), [(40, 30, 8), (5, 3, 4), (1, 1, 2)])
+def test_mean_window(measure, height, width, radius):
+    y, x = (i.flatten() for i in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    pairs = ((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2 < radius**2).sum().item()
+    assert measure.mean_window(measure.Window(radius=radius), height, width) == pytest.approx(pairs / (height * width))
+    assert measure.mean_window(measure.Window((3, 5)), height, width) == 15
+
+
+def test_markdown_table(measure):
+    table = measure.markdown_table(["a", "b"], [["x", "1"], ["y", "2"]])
+    assert table == "| a | b |\n| --- | ---: |\n| x | 1 |\n| y | 2 |\n"
+
+
+def test_first_line(measure):
+    assert measure.first_line(ValueError("a | b\nc")) == "ValueError: a / b"
+    assert measure.first_line(RuntimeError()) == "RuntimeError: "
+
+
+def test_row_numbers(bench_gpu):
+    assert bench_gpu.row_numbers(["1", "10-12"]) == [1, 10, 11, 12]
+
+
+# The tables
+
+
+def test_natten_times(bench_gpu):
+    natten = json.loads((SCRIPTS / "results" / "natten-0.21.7-h200.json").read_text())
+    best = [bench_gpu.natten_best(natten, row) for row in bench_gpu.NEIGHBORHOOD]
+    assert best[0] == [0.6827, 3.346]  # forward by one kernel, with backward by the other
+    assert best[3] == [0.1718, 1.1188]  # forward by tuned tiles
+    assert None not in best
+    assert bench_gpu.natten_best(natten, bench_gpu.CIRCULAR[0]) is None
+
+
+def test_report(bench_gpu):
+    """A row that fails says why, and has no ratio; a row that is missing is left out."""
+    good, bad, missing = bench_gpu.NEIGHBORHOOD[:3]
+    times = {"forward": [0.25, 0.2], "both": [1.0], "error": 0.5}
+    floors = {"forward": [0.1, 0.01], "both": [0.2, 0.02]}
+    flex = {"forward": [0.5], "both": [4.0]}
+    results = {
+        good.label: {"floors": floors, "no bias": times, "bias": times, "flex": flex, "dense": "no time was left"},
+        bad.label: {"floors": floors, "no bias": "wrong: out: 2 > 1", "flex": flex},
+    }
+    text = bench_gpu.report(results, [], bench_gpu.headline({"versions": "v", "bandwidth": 4e12, "rate": 8e14}))
+    forward, both = (part.splitlines() for part in text.split("## ")[1:])
+    lines = [
+        [line for line in part if line.startswith(f"| {row.label}")] for part in (forward, both) for row in (good, bad)
+    ]
+    cells = [[c.strip() for c in line[0].strip("|").split("|")] for line in lines]
+    headers = [[c.strip() for c in part[2].strip("|").split("|")] for part in (forward, forward, both, both)]
+    named = [dict(zip(h, c, strict=True)) for h, c in zip(headers, cells)]
+    assert named[0]["ours, no bias"] == "0.250 (0.200)" and named[0]["aim, bias"] == "0.24"
+    assert named[0]["FlexAttention / ours"] == "2.00" and named[0]["dense, whole map"] == "no time was left"
+    assert named[1]["ours, no bias"] == "wrong: out: 2 > 1" and named[1]["FlexAttention / ours"] == "-"
+    assert named[2]["floor: memory, products"] == "0.200, 0.020" and named[2]["FlexAttention / ours"] == "4.00"
+    assert missing.label not in text
+
+
+# FlexAttention with our masks
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "dilation"), [(20, 5, 2), (17, 4, 1), (7, 7, 1), (40, 13, 1)])
+def test_flex_masks(measure, bench_gpu, size, kernel_size, dilation, monkeypatch):
+    row = bench_gpu.neighborhood(1, size, 2, 16, kernel_size, dilation, False)
+    mask, queries, keys = bench_gpu.mask_of(row)
+    blocks = bench_gpu.block_mask(mask, queries, keys, "cpu")
+    expected = create_block_mask(mask, None, None, queries, keys, device="cpu")
+    assert torch.equal(blocks.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(blocks, name), getattr(expected, name)), name
+    inputs = [*torch.randn(3, *row.shape).unbind(0), None, None, None]
+    flex = flex_attention(*bench_gpu.flex_inputs(row, inputs), block_mask=blocks)
+    ours = neighborhood_attention_2d(*inputs[:3], kernel_size, dilation)
+    torch.testing.assert_close(flex, bench_gpu.by_class(ours, row.window.dilation), rtol=0, atol=1e-5)
+
+
+def test_circular_flex_mask(measure, bench_gpu):
+    row = bench_gpu.Row((1, 6, 9, 1, 16), measure.Window(radius=3), text=5)
+    mask, queries, keys = bench_gpu.mask_of(row)
+    seen = mask(0, 0, torch.arange(queries)[:, None], torch.arange(keys)[None, :])
+    assert (queries, keys) == (54, 59)
+    assert seen[:, :5].all()
+    window = measure.mean_window(row.window, 6, 9)
+    assert seen[:, 5:].sum().item() == pytest.approx(window * 54)
+    assert torch.equal(seen[:, 5:], seen[:, 5:].T)
+
+
+# Random problems and named checks
+
+
+def test_families_are_valid_calls(check_kernels):
+    """Over all of a default run: what the operator takes, small enough for plain torch, and the same every time."""
+    for number in range(200):
+        kind = check_kernels.family(number, "neighborhood")
+        assert kind == check_kernels.family(number, "neighborhood")
+        for seed in range(10 * number, 10 * number + 10):
+            batch, height, width, heads, dim = check_kernels.shape_of(kind, seed)
+            for length, k, d, s, _ in zip((height, width), *kind["window"][:4]):
+                assert k * d <= length and s <= k
+            assert batch * heads * (height * width) ** 2 < 2**28
+    assert check_kernels.family(4, "circular")["window"].radius > 0
+
+
+def test_a_random_problem(check_kernels):
+    """The comparison as a whole, on a backend that is right and on one that is not."""
+    kind = check_kernels.kind_of(3, bias=True, extra=2, dim=8, dtype=torch.bfloat16)
+    problem = check_kernels.example(kind, 1, 6, 7)
+    assert not check_kernels.compare(*problem)[1]
+    ours = check_kernels.fused(*problem)
+    ours[3] = ours[3] * 1.05
+    assert [w.split(":")[0] for w in check_kernels.compare(*problem, ours=ours)[1]] == ["key"]
+
+
+def test_named_checks(check_kernels, capsys):
+    wanted = ["infinities", "export", "empty"]
+    lines, failed = check_kernels.run_checks(wanted)
+    assert failed == 0 and [line[:2] for line in lines] == ["ok"] * 3, lines
+
+
+def test_named_checks_that_fail(check_kernels, monkeypatch, capsys):
+    def leak():
+        raise check_kernels.Failure("it leaks")
+
+    monkeypatch.setattr(check_kernels, "CHECKS", {"a": leak, "b": lambda: 1 / 0, "c": lambda: "fine"})
+    lines, failed = check_kernels.run_checks(None)
+    assert failed == 2
+    assert [line.split(" (")[0] for line in lines] == [
+        "FAIL  a: it leaks",
+        "FAIL  b: ZeroDivisionError: division by zero",
+        "ok    c: fine",
+    ]
+
+
+# Models
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_model_errors(bench_models, monkeypatch, mode):
+    monkeypatch.setattr(bench_models, "DEVICE", "cpu")
+    job = bench_models.Job("test_dinat", 96, 4, mode, "eager")
+    model = bench_models.create(job)
+    error = bench_models.error_of(model, model, job, torch.channels_last)
+    assert 0 < error < bench_models.ALLOWED[mode] / 2
+    for part in ("levels.0.blocks.1.attn.rpb", "levels.1.blocks.0.attn.proj.weight"):
+        model = bench_models.create(job)
+        with torch.no_grad():
+            model.get_parameter(part).neg_()
+        assert bench_models.error_of(model, model, job, torch.channels_last) > bench_models.ALLOWED[mode], part
+
+
+def test_batches_keep_the_pixels(bench_models):
+    assert [bench_models.batch_at(size, 256) for size in (224, 448, 512, 1024, 8192)] == [256, 64, 48, 12, 2]
+
+
+def test_models_report(bench_models):
+    result = {"images": 12345.6, "memory": 3.21, "error": 0.0123, "layout": "channels last"}
+    rows = {"nat_tiny": {"inference eager": result, "inference compiled": "out of memory"}}
+    text = bench_models.report({"224": {"batch": {"inference": 256}, "rows": rows}}, "v")
+    line = text.splitlines()[-1]
+    assert line == "| nat_tiny | 12,346 (3.2) | out of memory | - | - | inference channels last | 0.012 |"
+    assert "224 x 224 pixels, inference at batch 256" in text
