@@ -18,13 +18,12 @@ from zoo.kernels.neighborhood.triton import forward as _forward
 from zoo.kernels.neighborhood.triton import tuning
 from zoo.kernels.neighborhood.triton.common import HELD, NO_BIAS, TABLE, UNROLLED
 
-BLOCK_E = 64  # extra tokens taken at a time
 # Programs among which the sums over the whole batch are split: enough to fill a large GPU.
 BIAS_PROGRAMS = 1024
 EXTRA_PROGRAMS = 512
 # A program takes so many images in turn at most, as long as so many programs are left.
 IMAGES = 8
-PROGRAMS = 2048
+PROGRAMS = 512
 # Bias is unrolled where at least so many tiles share each pattern and it stays small; its gradient is summed for as
 # many heads at a time as stay within these bytes, and for one at least.
 UNROLL_REUSE = 4
@@ -158,6 +157,7 @@ class _Problem:
         self.scale = scale
         self.bias = None if rel_pos_bias is None else rel_pos_bias.contiguous()
         self.extra = 0 if extra_key is None else extra_key.shape[1]
+        self.block_e = 64 if self.dim * query.element_size() <= 256 else 32  # extra tokens taken at a time
         self.inputs = query, query.stride(), key, key.stride(), value, value.stride()
         self.extras = None, None, None, None
         if self.extra > 0:
@@ -213,7 +213,7 @@ def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, s
         p.extra,
         *p.dilation,
         scale,
-        BLOCK_E=BLOCK_E,
+        BLOCK_E=p.block_e,
         **walk.options,
     )
     return out, lse
@@ -248,11 +248,11 @@ def _query_and_bias_gradients(
     one_block = walk.layout[5:] == (1, 1) and p.extra == 0
     whole = one_block and walk.tiles == (1, 1)
     if whole or (one_block and p.bias is not None):
-        return _bias_gradient(p, *incoming, d_query, d_key, d_value, True, whole), whole
+        return _bias_gradient(p, *incoming[1:], d_query, d_key, d_value, True, whole), whole
     _query_gradient(p, *incoming, d_query)
     if p.bias is None:
         return None, False
-    return _bias_gradient(p, *incoming, d_query, d_key, d_value, False, False), False
+    return _bias_gradient(p, *incoming[1:], d_query, d_key, d_value, False, False), False
 
 
 def _query_gradient(p: _Problem, out, lse, grad_out, grad_lse, shift, d_query) -> None:
@@ -273,7 +273,7 @@ def _query_gradient(p: _Problem, out, lse, grad_out, grad_lse, shift, d_query) -
         p.extra,
         *p.dilation,
         p.scale,
-        BLOCK_E=BLOCK_E,
+        BLOCK_E=p.block_e,
         **walk.options,
     )
 
@@ -298,7 +298,7 @@ def _key_value_gradients(p: _Problem, lse, grad_out, shift, d_key, d_value) -> N
 
 
 def _bias_gradient(
-    p: _Problem, out, lse, grad_out, grad_lse, shift, d_query, d_key, d_value, of_query: bool, of_key_value: bool
+    p: _Problem, lse, grad_out, grad_lse, shift, d_query, d_key, d_value, of_query: bool, of_key_value: bool
 ) -> Tensor | None:
     """Gradient of the bias, if there is one. Also fills `d_query` and `shift`, or `d_key` and `d_value`, if asked."""
     walk = p.walk("bias")
@@ -315,12 +315,13 @@ def _bias_gradient(
         sums = lse.new_empty(p.heads, rows, options["TILE_Y"], *p.bias.shape[1:])
     d_unrolled = lse.new_empty(parts if has_bias else 0, some, pairs)
     starts = lse.new_empty(rows, dtype=torch.int32)
+    # Pairs that `fold_kernel` adds up at a time: as many as a row of patterns has for one offset, on average.
+    block_p = min(max(triton.next_power_of_2(parts * options["TILE_X"] // rows), 16), 256)
     for first in range(0, p.heads, some):
         some = min(some, p.heads - first)
         _bias.gradient_kernel[(some * blocks * parts,)](
             *p.inputs,
             p.bias,
-            out,
             lse,
             grad_out,
             grad_out.stride(),
@@ -358,7 +359,7 @@ def _bias_gradient(
             some,
             rows,
             parts,
-            BLOCK_P=256,
+            BLOCK_P=block_p,
             BLOCK_O=triton.next_power_of_2(p.bias.shape[2]),
             **unroll_options,
         )
@@ -370,8 +371,8 @@ def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tens
         return torch.zeros_like(extra_key), torch.zeros_like(extra_key)
     options = p.walk("query").options
     tokens = p.height * p.width
-    block_n = 64 if p.query.element_size() < 4 else 32
-    programs = p.batch * p.heads * -(-p.extra // BLOCK_E)
+    block_e, block_n = p.block_e, 64 if p.query.element_size() < 4 else 32
+    programs = p.batch * p.heads * -(-p.extra // block_e)
     parts = max(1, min(-(-EXTRA_PROGRAMS // programs), -(-tokens // (4 * block_n))))
     sums = lse.new_empty(2, parts, *extra_key.shape)
     _backward.extra_kernel[(programs * parts,)](
@@ -390,9 +391,10 @@ def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tens
         p.extra,
         -(-tokens // parts),
         p.scale,
-        BLOCK_E=BLOCK_E,
+        BLOCK_E=block_e,
         BLOCK_N=block_n,
+        num_stages=2,
         **{name: options[name] for name in ("dim", "BLOCK_D", "EVEN_D", "PRECISION")},
     )
-    d_extra_key, d_extra_value = sums.sum(1).to(extra_key.dtype)
+    d_extra_key, d_extra_value = (part.sum(0).to(extra_key.dtype) for part in sums)
     return d_extra_key, d_extra_value

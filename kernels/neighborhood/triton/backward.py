@@ -45,7 +45,7 @@ def query_kernel(
     d_out,
     do_strides,
     d_lse,
-    shift,  # [batch, height, width, heads], written for the other kernels: sum(out * d_out) - d_lse
+    shift,  # [batch, height, width, heads], written for the other kernels: sum(weights * d_weights) - d_lse
     d_query,
     height,
     width,
@@ -88,20 +88,15 @@ def query_kernel(
     q_inside = (qy < members_y) & (qx < members_x)
     qy, qx = tl.minimum(qy, members_y - 1), tl.minimum(qx, members_x - 1)  # keeps bias offsets in the table
     q_base = class_base(query, q_strides, batch, head, residue_y, residue_x)
-    o_strides = strides_of(height, width, heads, dim)
+    o_strides, r_strides = strides_of(height, width, heads, dim), strides_of(height, width, heads, 1)
     o_base = class_base(out, o_strides, batch, head, residue_y, residue_x)
     do_base = class_base(d_out, do_strides, batch, head, residue_y, residue_x)
     q = load(q_base + member_offsets(q_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
     o = load(o_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
     do = load(do_base + member_offsets(do_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
-    r_strides = strides_of(height, width, heads, 1)
     rows = class_base(0, r_strides, batch, head, residue_y, residue_x)
     rows += member_offset(r_strides, qy, qx, dilation_y, dilation_x)
     q_lse = tl.load(lse + rows, mask=q_inside, other=0.0) * LOG2E
-    q_shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if d_lse is not None:
-        q_shift -= tl.load(d_lse + rows, mask=q_inside, other=0.0)
-    tl.store(shift + rows, q_shift, mask=q_inside)
 
     start_y, end_y, low_y, high_y, full_low_y, full_high_y = keys_of_tile(
         qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y
@@ -122,41 +117,57 @@ def query_kernel(
     dq = tl.zeros([M, BLOCK_D], dtype=tl.float32)
     blocks_x = tl.cdiv(high_x - low_x, BLOCK_X)
     row_of_blocks = bias_layout[6] if BIAS == UNROLLED else blocks_x
-    for block in range(tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
-        row, col = block // blocks_x, block % blocks_x
-        block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
-        ky, kx, k_inside = block_members(block_y, block_x, high_y, high_x, n, BLOCK_X, RADIUS)
-        k_block = k_base + member_offset(k_strides, block_y, block_x, dilation_y, dilation_x)
-        v_block = v_base + member_offset(v_strides, block_y, block_x, dilation_y, dilation_x)
-        k = load(k_block + k_offsets, k_inside, d, dim, EVEN_D)
-        v = load(v_block + v_offsets, k_inside, d, dim, EVEN_D)
-        full = sees_all(
-            block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
-            TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
-        )  # fmt: skip
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
-        logits = mask_and_bias(
-            logits, bias, row * row_of_blocks + col, m, n, qy, qx, ky, kx,
-            start_y, end_y, start_x, end_x, low_y, low_x, full, None,
-            KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS,
-        )  # fmt: skip
-        weights = tl.exp2(logits)
-        d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        d_logits = weights * (d_weights - q_shift[:, None])
-        dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
-
-    if extra_key is not None:
-        ek_base = class_base(extra_key, ek_strides, batch, head, 0, 0)
-        ev_base = class_base(extra_value, ev_strides, batch, head, 0, 0)
-        for first in range(0, extra, BLOCK_E):
-            token = first + tl.arange(0, BLOCK_E)
-            k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
-            v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+    # sum(out * d_out) is sum(weights * d_weights) but for rounding, which counts in float32 where few keys are seen.
+    SWEEPS: tl.constexpr = 2 if query.dtype.element_ty == tl.float32 else 1
+    q_shift = tl.zeros([M], dtype=tl.float32)
+    if SWEEPS == 1:
+        q_shift += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    for sweep in tl.static_range(SWEEPS):
+        if sweep + 1 == SWEEPS:
+            if d_lse is not None:
+                q_shift -= tl.load(d_lse + rows, mask=q_inside, other=0.0)
+            tl.store(shift + rows, q_shift, mask=q_inside)
+        for block in range(tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
+            row, col = block // blocks_x, block % blocks_x
+            block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
+            ky, kx, k_inside = block_members(block_y, block_x, high_y, high_x, n, BLOCK_X, RADIUS)
+            k_block = k_base + member_offset(k_strides, block_y, block_x, dilation_y, dilation_x)
+            v_block = v_base + member_offset(v_strides, block_y, block_x, dilation_y, dilation_x)
+            k = load(k_block + k_offsets, k_inside, d, dim, EVEN_D)
+            v = load(v_block + v_offsets, k_inside, d, dim, EVEN_D)
+            full = sees_all(
+                block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
+                TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
+            )  # fmt: skip
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
-            weights = tl.exp2(tl.where((token < extra)[None, :], logits, float("-inf")))
+            logits = mask_and_bias(
+                logits, bias, row * row_of_blocks + col, m, n, qy, qx, ky, kx,
+                start_y, end_y, start_x, end_x, low_y, low_x, full, None,
+                KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS,
+            )  # fmt: skip
+            weights = tl.exp2(logits)
             d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            d_logits = weights * (d_weights - q_shift[:, None])
-            dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
+            if sweep + 1 < SWEEPS:
+                q_shift += tl.sum(weights * d_weights, 1)
+            else:
+                d_logits = weights * (d_weights - q_shift[:, None])
+                dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
+
+        if extra_key is not None:
+            ek_base = class_base(extra_key, ek_strides, batch, head, 0, 0)
+            ev_base = class_base(extra_value, ev_strides, batch, head, 0, 0)
+            for first in range(0, extra, BLOCK_E):
+                token = first + tl.arange(0, BLOCK_E)
+                k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+                v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
+                weights = tl.exp2(tl.where((token < extra)[None, :], logits, float("-inf")))
+                d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if sweep + 1 < SWEEPS:
+                    q_shift += tl.sum(weights * d_weights, 1)
+                else:
+                    d_logits = weights * (d_weights - q_shift[:, None])
+                    dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq_base = class_base(d_query, o_strides, batch, head, residue_y, residue_x)
     dq_pointers = dq_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)

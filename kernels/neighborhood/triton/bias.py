@@ -129,13 +129,12 @@ def gradient_kernel(
     value,
     v_strides,
     bias,
-    out,  # contiguous, as are the gradients
     lse,
     d_out,
     do_strides,
     d_lse,
     shift,  # [batch, height, width, heads]: read, or written where QUERY
-    d_query,
+    d_query,  # contiguous, as are the other gradients
     d_key,
     d_value,
     d_unrolled,  # [parts, some heads, blocks_y, blocks_x, M, N] float32
@@ -242,20 +241,17 @@ def gradient_kernel(
         k = load(k_tile + k_offsets, k_inside, d, dim, EVEN_D)
         v = load(v_tile + v_offsets, k_inside, d, dim, EVEN_D)
         q_lse = tl.load(lse + at, mask=q_inside, other=0.0) * LOG2E
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
+        weights = tl.exp2(tl.where(pairs == float("-inf"), pairs, logits + pairs))
+        d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if QUERY:
-            o_tile = token_base(out, o_strides, batch, y, x, head)
-            o_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
-            o = load(o_tile + o_offsets, q_inside, d, dim, EVEN_D)
-            q_shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+            q_shift = tl.sum(weights * d_weights, 1)
             if d_lse is not None:
                 q_shift -= tl.load(d_lse + at, mask=q_inside, other=0.0)
             if not KEY_VALUE:
                 tl.store(shift + at, q_shift, mask=q_inside)
         else:
             q_shift = tl.load(shift + at, mask=q_inside, other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
-        weights = tl.exp2(tl.where(pairs == float("-inf"), pairs, logits + pairs))
-        d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_shift[:, None])
         if bias is not None:
             acc += d_logits

@@ -73,7 +73,7 @@ def tile_of_program(pid, height, width, heads, dilation_y, dilation_x, TILE_Y: t
 @triton.jit
 def strides_of(height, width, heads, dim):
     """Strides of a contiguous [batch, height, width, heads, dim]; of one without the last axis where `dim` is 1."""
-    token = heads.to(tl.int64) * dim
+    token = tl.cast(heads, tl.int64) * dim
     return token * width * height, token * width, token, dim, 1
 
 
