@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels.neighborhood.api import _pair
+from zoo.kernels._checks import (
+    check_backend,
+    check_bias,
+    check_map,
+    check_tensors,
+    pair,
+    positive_pair,
+    resolve_scale,
+)
 from zoo.kernels.window import reference, tiled
 
 BACKENDS = ("auto", "reference", "tiled")
@@ -56,48 +64,30 @@ def window_attention_2d(
         TypeError: An argument is of the wrong type or dtype.
         ValueError: An argument has the wrong shape, device or range, or `backend` is unknown.
     """
-    window_size, shift = _pair("window_size", window_size, int), _pair("shift", shift, int)
-    _check_tensors(query, key, value)
-    _check_geometry(query, key, window_size, shift)
+    check_tensors(query=query, key=key, value=value)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_map(name, x)
+    window_size, shift = positive_pair("window_size", window_size), pair("shift", shift, int)
+    _check_geometry(query, key, value, window_size, shift)
     if rel_pos_bias is not None:
-        _check_bias(rel_pos_bias, key, window_size)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        shape = key.shape[3], 2 * window_size[0] - 1, 2 * window_size[1] - 1
+        check_bias("rel_pos_bias", rel_pos_bias, query, shape, "[heads, 2 * window_size - 1 per axis]")
+    scale = resolve_scale(scale, query)
+    check_backend(backend, BACKENDS)
 
     if torch.compiler.is_exporting() and query.shape != key.shape:
         # torch 2.11 cannot tell that the layout of a broadcast query suits every batch size.
         query = query.repeat(1, key.shape[1] // window_size[0], key.shape[2] // window_size[1], 1, 1)
     # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
     module = reference if backend == "reference" or key.shape[0] == 0 else tiled
-    return module.window_attention_2d(query, key, value, window_size, shift, rel_pos_bias, float(scale))
+    return module.window_attention_2d(query, key, value, window_size, shift, rel_pos_bias, scale)
 
 
-def _check_tensors(query, key, value) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 5:
-            raise ValueError(f"{name} must be [batch, height, width, heads, head_dim], got shape {tuple(x.shape)}")
-    if not query.dtype.is_floating_point:
-        raise TypeError(f"query must be of a floating dtype, got {query.dtype}")
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}")
+def _check_geometry(query: Tensor, key: Tensor, value: Tensor, window_size, shift) -> None:
     if value.shape[:4] != key.shape[:4]:
         raise ValueError(
-            f"value must have the shape of key but for head_dim, {tuple(key.shape[:4])}, got {tuple(value.shape)}"
+            f"value must have the shape of key but for head_dim, {tuple(key.shape)}, got {tuple(value.shape)}"
         )
-
-
-def _check_geometry(query: Tensor, key: Tensor, window_size: tuple[int, int], shift: tuple[int, int]) -> None:
-    if min(window_size) < 1:
-        raise ValueError(f"window_size must be at least 1 on both axes, got {window_size}")
     if min(shift) < 0 or shift[0] >= window_size[0] or shift[1] >= window_size[1]:
         raise ValueError(f"shift must be at least 0 and less than window_size {window_size} on each axis, got {shift}")
     for axis, length, window in zip(("height", "width"), key.shape[1:3], window_size, strict=True):
@@ -106,8 +96,8 @@ def _check_geometry(query: Tensor, key: Tensor, window_size: tuple[int, int], sh
                 f"the map must be a multiple of window_size: along the {axis} {length} is none of {window}; "
                 f"pad it to {-(-length // window) * window}"
             )
-    window_shape = (key.shape[0], *window_size, *key.shape[3:])
     if query.shape != key.shape:
+        window_shape = (key.shape[0], *window_size, *key.shape[3:])
         if tuple(query.shape) != window_shape:
             raise ValueError(
                 f"query must have the shape of key, {tuple(key.shape)}, or of one window, {window_shape}, "
@@ -115,17 +105,3 @@ def _check_geometry(query: Tensor, key: Tensor, window_size: tuple[int, int], sh
             )
         if max(shift) > 0:
             raise ValueError(f"shift must be 0 where all windows share a query, got {shift}")
-
-
-def _check_bias(rel_pos_bias, key: Tensor, window_size: tuple[int, int]) -> None:
-    if not isinstance(rel_pos_bias, Tensor):
-        raise TypeError(f"rel_pos_bias must be a torch.Tensor or None, got {type(rel_pos_bias).__name__}")
-    if not rel_pos_bias.dtype.is_floating_point:
-        raise TypeError(f"rel_pos_bias must be of a floating dtype, got {rel_pos_bias.dtype}")
-    if rel_pos_bias.device != key.device:
-        raise ValueError(f"rel_pos_bias must be on the device of query, {key.device}, got {rel_pos_bias.device}")
-    shape = key.shape[3], 2 * window_size[0] - 1, 2 * window_size[1] - 1
-    if tuple(rel_pos_bias.shape) != shape:
-        raise ValueError(
-            f"rel_pos_bias must be [heads, 2 * window_size - 1 per axis] = {shape}, got {tuple(rel_pos_bias.shape)}"
-        )

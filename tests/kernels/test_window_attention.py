@@ -329,7 +329,11 @@ REFUSALS = {
     "query dtype": (dict(query=X.int()), TypeError, "query must be of a floating dtype, got torch.int32"),
     "key dtype": (dict(key=X.half()), TypeError, "key must have the dtype of query, torch.float32, got torch.float16"),
     "value device": (dict(value=X.to("meta")), ValueError, "value must be on the device of query, cpu, got meta"),
-    "value shape": (dict(value=X[:1]), ValueError, r"value must have the shape of key but for .*, got \(1, 8, 9, 3, 4"),
+    "value shape": (
+        dict(value=X[:1]),
+        ValueError,
+        r"value must have the shape of key but for head_dim, .* got \(1, 8, 9, 3, 4",
+    ),
     "query shape": (
         dict(query=X[:, :4, :4]),
         ValueError,
