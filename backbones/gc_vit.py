@@ -524,7 +524,8 @@ def _cfg(url: str = "", **kwargs) -> dict:
 
 
 _HUB = "https://huggingface.co/nvidia/GCViT/resolve/main"
-_DRIVE = "https://drive.google.com/uc?export=download&id="
+# Unconfirmed, Google Drive answers for a file of this size with a page that asks whether to skip the virus scan.
+_DRIVE = "https://drive.google.com/uc?export=download&confirm=t&id="
 
 default_cfgs = generate_default_cfgs(
     {
