@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from zoo.kernels import neighborhood_attention_2d, window_attention_2d
-from zoo.kernels.window import tiled
+from zoo.kernels.window import api, tiled
 
 BACKENDS = ["reference", "tiled"]
 
@@ -267,6 +267,14 @@ def test_shared_query_is_not_copied_for_every_window(monkeypatch):
     monkeypatch.setattr(tiled.F, "scaled_dot_product_attention", spy)
     window_attention_2d(q, k, v, 3, rel_pos_bias=bias)
     assert sizes == [((16, 6, 9, 8), q.nbytes)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_images_are_split(shared, monkeypatch):
+    qkv, bias = make((5, 6, 4, 2, 4), (3, 2), shared=shared)
+    expected = outputs_and_grads(qkv, bias, (3, 2), backend="tiled")
+    monkeypatch.setattr(api, "_images_at_once", lambda key, window_size: 2)
+    assert_all_close(outputs_and_grads(qkv, bias, (3, 2), backend="tiled"), expected, 1e-12)
 
 
 # torch's own machinery
