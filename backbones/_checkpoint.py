@@ -2,11 +2,15 @@
 
 import pickle
 import struct
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 import torch
+from timm.models import clean_state_dict, load_state_dict
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
@@ -110,8 +114,16 @@ def _shape_hints(model: nn.Module, state_dict: Mapping[str, Any], reshaped: list
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A copy, since timm edits what it loads (stem, classifier). Published names need no change."""
-    return dict(state_dict)
+    """The weights in what a trainer saved, under the names that they have in the model.
+
+    Weights averaged over the training are taken only where there are no others: published figures are of the latter.
+    The result is a copy, since timm edits what it loads (stem, classifier).
+    """
+    for key in ("state_dict", "model", "state_dict_ema", "model_ema"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+            break
+    return clean_state_dict(state_dict)
 
 
 def build_model(
@@ -130,7 +142,8 @@ def build_model(
         pretrained: Whether to load weights.
         out_indices: Maps that `features_only` returns: the last n, or these.
         pretrained_filter_fn: Turns a file's content into a state dict of the model, without changing it. What a file
-            given as `checkpoint_path` needs too belongs into `adapt_state_dict` of the model (`CheckedLoading`).
+            given as `checkpoint_path` needs too belongs into `adapt_state_dict` of the model (`CheckedLoading`). Of
+            averaged weights beside others, timm takes there the averaged ones.
         **kwargs: See `timm.models.build_model_with_cfg`.
 
     Raises:
@@ -143,20 +156,34 @@ def build_model(
         built.append(model_cls(**model_args))
         return built[-1]
 
+    def filter_fn(state_dict, model):
+        if cfg.file and not cfg.state_dict:  # from a file timm has taken averaged weights, where there are any
+            state_dict = load_state_dict(cfg.file, use_ema=False)
+        return pretrained_filter_fn(state_dict, model)
+
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if pretrained and kwargs.get("cache_dir") is None:
+        kwargs["cache_dir"] = _cache_dir(cfg.url)
     try:
-        return build_model_with_cfg(
-            construct,
-            variant,
-            pretrained,
-            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-            pretrained_filter_fn=pretrained_filter_fn,
-            **kwargs,
-        )
+        with torch.serialization.safe_globals([Namespace]):  # trainers save their arguments with the weights
+            return build_model_with_cfg(
+                construct,
+                variant,
+                pretrained,
+                feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+                pretrained_filter_fn=filter_fn,
+                **kwargs,
+            )
     except _UNREADABLE as error:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         source = cfg.file or cfg.hf_hub_id or cfg.url
         if not (pretrained and source and built):  # an error of the constructor
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else RuntimeError
         detail = str(error) or "no such file"  # timm raises a bare FileNotFoundError
         raise kind(f"could not load the weights of {variant} from {source}: {detail}") from error
+
+
+def _cache_dir(url: str | None) -> Path | None:
+    """A folder of its own for a file on Google Drive, where all have the name "uc"; None for torch's own folder."""
+    drive_id = parse_qs(urlparse(url or "").query).get("id")
+    return Path(torch.hub.get_dir(), "checkpoints", drive_id[0]) if drive_id else None

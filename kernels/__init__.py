@@ -2,5 +2,6 @@
 
 from zoo.kernels.circular import circular_attention_2d
 from zoo.kernels.neighborhood import explain_backend, neighborhood_attention_2d
+from zoo.kernels.window import window_attention_2d
 
-__all__ = ["circular_attention_2d", "explain_backend", "neighborhood_attention_2d"]
+__all__ = ["circular_attention_2d", "explain_backend", "neighborhood_attention_2d", "window_attention_2d"]

@@ -8,6 +8,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import zoo  # noqa: F401  (registers the models)
+from zoo.backbones.gc_vit import GlobalContextBlock
 from zoo.backbones.nat import NeighborhoodBlock
 
 
@@ -57,6 +58,16 @@ FAMILIES = {
         short=dict(depth=2),
         reductions=None,
         **_NEIGHBORHOOD,
+    ),
+    "gc_vit": Family(
+        12,
+        ("gc_vit_small",),
+        size=_STAGES["size"],
+        short=dict(depths=(2, 1), num_heads=(1, 2), window_ratio=(32, 32)),
+        block=GlobalContextBlock,
+        no_decay=("*.attn.relative_position_bias_table",),
+        drawn=(".relative_position_bias_table", ".gamma1", ".gamma2"),
+        license="cc-by-nc-sa-4.0",
     ),
 }
 
