@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from zoo.kernels._checks import check_backend, check_bias, check_map, check_tensors, resolve_scale
 from zoo.kernels.agent import reference, sdpa
 
 BACKENDS = ("auto", "reference", "sdpa")
@@ -54,21 +55,18 @@ def agent_attention(
         ValueError: An argument has the wrong shape or device, there are no keys or agents, or `backend` is unknown.
     """
     tensors = query, key, value, agent
-    if not torch.jit.is_scripting():
-        if has_torch_function((*tensors, agent_bias, query_bias)):  # torch.fx records one call
-            return handle_torch_function(
-                agent_attention, (*tensors, agent_bias, query_bias), *tensors,
-                agent_bias=agent_bias, query_bias=query_bias, scale=scale, query_scale=query_scale, backend=backend,
-            )  # fmt: skip
-        _check(query, key, value, agent, agent_bias, query_bias, scale, query_scale, backend)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    if query_scale is None:
-        query_scale = scale
+    if has_torch_function((*tensors, agent_bias, query_bias)):  # torch.fx records one call
+        return handle_torch_function(
+            agent_attention, (*tensors, agent_bias, query_bias), *tensors,
+            agent_bias=agent_bias, query_bias=query_bias, scale=scale, query_scale=query_scale, backend=backend,
+        )  # fmt: skip
+    _check(query, key, value, agent, agent_bias, query_bias)
+    scale = resolve_scale(scale, query)
+    query_scale = scale if query_scale is None else resolve_scale(query_scale, query, "query_scale")
+    check_backend(backend, BACKENDS)
     # Of an empty result scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
-    if backend == "reference" or query.numel() == 0:
-        return reference.agent_attention(*tensors, agent_bias, query_bias, scale, query_scale)
-    return sdpa.agent_attention(*tensors, agent_bias, query_bias, scale, query_scale)
+    module = reference if backend == "reference" or query.numel() == 0 else sdpa
+    return module.agent_attention(*tensors, agent_bias, query_bias, scale, query_scale)
 
 
 def pool_agents(query: Tensor, side: int) -> Tensor:
@@ -83,29 +81,27 @@ def pool_agents(query: Tensor, side: int) -> Tensor:
 
     Returns:
         [batch, side * side, heads, head_dim], the bins row by row.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: `query` is no map, or `side` is less than 1.
     """
+    if not torch.jit.is_scripting():
+        if has_torch_function((query,)):
+            return handle_torch_function(pool_agents, (query,), query, side)
+        _check_pooling(query, side)
     heads, dim = query.shape[3], query.shape[4]
     pooled = F.adaptive_avg_pool2d(query.flatten(3).permute(0, 3, 1, 2), side)
     return pooled.flatten(2).transpose(1, 2).unflatten(2, (heads, dim))
 
 
-def _check(query, key, value, agent, agent_bias, query_bias, scale, query_scale, backend) -> None:
-    named = {"query": query, "key": key, "value": value, "agent": agent}
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+def _check(query, key, value, agent, agent_bias, query_bias) -> None:
+    check_tensors(query=query, key=key, value=value, agent=agent)
     if query.dim() != 4:
         raise ValueError(f"query must be [batch, queries, heads, head_dim], got shape {tuple(query.shape)}")
-    if not query.dtype.is_floating_point:
-        raise TypeError(f"query must be of a floating dtype, got {query.dtype}")
-    for name, x in named.items():
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}")
     batch, queries, heads, dim = query.shape
-    for name, tokens in (("key", "keys"), ("agent", "agents")):
-        shape = tuple(named[name].shape)
+    for name, tokens, x in (("key", "keys", key), ("agent", "agents", agent)):
+        shape = tuple(x.shape)
         if len(shape) != 4 or (shape[0], *shape[2:]) != (batch, heads, dim):
             raise ValueError(f"{name} must be [{batch}, {tokens}, {heads}, {dim}] to go with query, got shape {shape}")
         if shape[1] == 0:
@@ -115,23 +111,16 @@ def _check(query, key, value, agent, agent_bias, query_bias, scale, query_scale,
         raise ValueError(
             f"value must be [{batch}, {keys}, {heads}, value_dim] to go with key, got shape {tuple(value.shape)}"
         )
-    biases = (
-        ("agent_bias", agent_bias, "[heads, agents, keys]", (heads, agents, keys)),
-        ("query_bias", query_bias, "[heads, queries, agents]", (heads, queries, agents)),
-    )
-    for name, bias, axes, shape in biases:
-        if bias is None:
-            continue
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(bias).__name__}")
-        if not bias.dtype.is_floating_point:
-            raise TypeError(f"{name} must be of a floating dtype, got {bias.dtype}")
-        if bias.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {bias.device}")
-        if tuple(bias.shape) != shape:
-            raise ValueError(f"{name} must be {axes} = {shape}, got {tuple(bias.shape)}")
-    for name, factor in (("scale", scale), ("query_scale", query_scale)):
-        if factor is not None and not isinstance(factor, (int, float)):
-            raise TypeError(f"{name} must be a number or None, got {type(factor).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if agent_bias is not None:
+        check_bias("agent_bias", agent_bias, query, (heads, agents, keys), "[heads, agents, keys]")
+    if query_bias is not None:
+        check_bias("query_bias", query_bias, query, (heads, queries, agents), "[heads, queries, agents]")
+
+
+def _check_pooling(query, side) -> None:
+    check_tensors(query=query)
+    check_map("query", query)
+    if not isinstance(side, int) or isinstance(side, bool):
+        raise TypeError(f"side must be an int, got {side!r}")
+    if side < 1:
+        raise ValueError(f"side must be at least 1, got {side}")

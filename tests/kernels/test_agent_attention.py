@@ -211,6 +211,20 @@ def test_pooling(height, width, side):
             torch.testing.assert_close(agents[:, p * side + q], query[:, rows, cols].mean((1, 2)))
 
 
+@pytest.mark.parametrize(
+    ("query", "side", "error", "message"),
+    [
+        ([1], 3, TypeError, "query must be a torch.Tensor, got list"),
+        (torch.zeros(2, 9, 3, 4), 3, ValueError, r"query must be \[batch, height, .*got shape \(2, 9, 3, 4\)"),
+        (torch.zeros(2, 9, 9, 3, 4), 3.0, TypeError, "side must be an int, got 3.0"),
+        (torch.zeros(2, 9, 9, 3, 4), 0, ValueError, "side must be at least 1, got 0"),
+    ],
+)
+def test_pooling_refusals(query, side, error, message):
+    with pytest.raises(error, match=message):
+        pool_agents(query, side)
+
+
 # torch's own machinery
 
 
@@ -251,6 +265,8 @@ def test_fx_records_one_call():
     assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [agent_attention]
     x = tuple(make().values())
     assert torch.equal(traced(*x), Module()(*x))
+    traced = torch.fx.symbolic_trace(lambda query: pool_agents(query, 3))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [pool_agents]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -259,6 +275,8 @@ def test_torchscript():
     scripted = torch.jit.script(sdpa.agent_attention)
     assert torch.equal(scripted(*x, 0.5, 0.6), Module()(*x))
     assert torch.equal(scripted(*x[:4], None, None, 0.5, 0.6), agent_attention(*x[:4], query_scale=0.6))
+    query = torch.randn(2, 6, 5, 3, 4)
+    assert torch.equal(torch.jit.script(pool_agents)(query, 3), pool_agents(query, 3))
 
 
 def test_meta_device():
