@@ -1,16 +1,23 @@
 """Loading weights: a file that does not fit is refused before it changes the model, and the error says why."""
 
 import pickle
+import posixpath
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from timm.models import PretrainedCfg, load_state_dict
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._hub import download_cached_file
 from torch import nn
 
-__all__ = ["CheckedLoading", "build_model", "checkpoint_filter_fn"]
+__all__ = ["AdaptedLoading", "CheckedLoading", "build_model", "checkpoint_filter_fn"]
+
+# The authors' trainers may leave their configuration in a file: a dict by another name, and read as one.
+torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 _MAX_LISTED = 3  # offenders of each kind that an error names
 
@@ -55,6 +62,17 @@ class CheckedLoading:
         if problems:
             raise RuntimeError("\n  ".join([f"weights do not fit {type(self).__name__}, nothing loaded:", *problems]))
         return super().load_state_dict(adapted, strict=strict, assign=assign)
+
+
+class AdaptedLoading:
+    """Mixin before `nn.Module`, for a module with `adapt_state_dict` (see `CheckedLoading`).
+
+    It is then adapted to on every road, also where the model is inside another one.
+    """
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.adapt_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _mismatches(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> list[str]:
@@ -120,9 +138,13 @@ def build_model(
     pretrained: bool,
     out_indices: int | Sequence[int] = (0, 1, 2, 3),
     pretrained_filter_fn: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]] = checkpoint_filter_fn,
+    use_ema: bool = True,
     **kwargs,
 ) -> nn.Module:
-    """`timm.models.build_model_with_cfg`, with errors about weights that name where the weights came from.
+    """`timm.models.build_model_with_cfg`, with other ways to find and read files of weights.
+
+    A download whose address carries no file name is kept under the model's; a file that holds more than the weights
+    may come from an address, too; errors name where the weights came from.
 
     Args:
         model_cls: Class to build.
@@ -131,32 +153,56 @@ def build_model(
         out_indices: Maps that `features_only` returns: the last n, or these.
         pretrained_filter_fn: Turns a file's content into a state dict of the model, without changing it. What a file
             given as `checkpoint_path` needs too belongs into `adapt_state_dict` of the model (`CheckedLoading`).
+        use_ema: Whether to prefer the moving average of the weights, where a file has one.
         **kwargs: See `timm.models.build_model_with_cfg`.
 
     Raises:
         FileNotFoundError: The file of the weights does not exist.
         RuntimeError: The weights could not be fetched, are truncated, hold more than tensors, or do not fit.
     """
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    source = cfg.file or cfg.hf_hub_id or cfg.url
+    is_file = bool(cfg.file or (cfg.url and not cfg.hf_hub_id))
+    reads = pretrained and is_file and not cfg.state_dict and cfg.source not in ("hf-hub", "local-dir")
     built = []
 
     def construct(**model_args):
         built.append(model_cls(**model_args))
         return built[-1]
 
+    def read(_: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+        nonlocal source
+        path = cfg.file
+        if path is None:
+            path = _download(cfg, variant, kwargs.get("cache_dir"))
+            source = f"{cfg.url}, kept in {path}"
+        return pretrained_filter_fn(load_state_dict(path, use_ema=use_ema), model)
+
+    if reads:
+        # To timm, which copies what is here, a mere sign that it need not look for a file: `read` does.
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": {"": None}}
     try:
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             construct,
             variant,
             pretrained,
             feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-            pretrained_filter_fn=pretrained_filter_fn,
+            pretrained_filter_fn=read if reads else pretrained_filter_fn,
             **kwargs,
         )
     except _UNREADABLE as error:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        source = cfg.file or cfg.hf_hub_id or cfg.url
         if not (pretrained and source and built):  # an error of the constructor
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else RuntimeError
         detail = str(error) or "no such file"  # timm raises a bare FileNotFoundError
         raise kind(f"could not load the weights of {variant} from {source}: {detail}") from error
+    if reads:
+        for part in (model, *built):
+            part.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def _download(cfg: PretrainedCfg, variant: str, cache_dir: str | None) -> str:
+    """Path of the file at the address in `cfg`, which is fetched unless it is there."""
+    name = posixpath.basename(urlsplit(cfg.url).path) or ".".join(filter(None, (variant, cfg.tag, "pth")))
+    return download_cached_file((cfg.url, name), check_hash=False, cache_dir=cache_dir)
