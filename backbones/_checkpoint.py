@@ -1,15 +1,15 @@
 """Loading weights: a file that does not fit is refused before it changes the model, and the error says why."""
 
 import pickle
-import posixpath
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import torch
-from timm.models import PretrainedCfg, load_state_dict
+from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file
 from torch import nn
@@ -128,8 +128,16 @@ def _shape_hints(model: nn.Module, state_dict: Mapping[str, Any], reshaped: list
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A copy, since timm edits what it loads (stem, classifier). Published names need no change."""
-    return dict(state_dict)
+    """The weights in what a trainer saved, under the names that they have in the model.
+
+    Weights averaged over the training are taken only where there are no others: published figures are of the latter.
+    The result is a copy, since timm edits what it loads (stem, classifier).
+    """
+    for key in ("state_dict", "model", "state_dict_ema", "model_ema"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+            break
+    return clean_state_dict(state_dict)
 
 
 def build_model(
@@ -138,13 +146,12 @@ def build_model(
     pretrained: bool,
     out_indices: int | Sequence[int] = (0, 1, 2, 3),
     pretrained_filter_fn: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]] = checkpoint_filter_fn,
-    use_ema: bool = True,
     **kwargs,
 ) -> nn.Module:
-    """`timm.models.build_model_with_cfg`, with other ways to find and read files of weights.
+    """`timm.models.build_model_with_cfg`, which reads files and downloads alike, as `checkpoint_filter_fn` says.
 
-    A download whose address carries no file name is kept under the model's; a file that holds more than the weights
-    may come from an address, too; errors name where the weights came from.
+    A download may hold more than weights, and its address need not carry a file name. Errors about weights name where
+    the weights came from.
 
     Args:
         model_cls: Class to build.
@@ -152,8 +159,8 @@ def build_model(
         pretrained: Whether to load weights.
         out_indices: Maps that `features_only` returns: the last n, or these.
         pretrained_filter_fn: Turns a file's content into a state dict of the model, without changing it. What a file
-            given as `checkpoint_path` needs too belongs into `adapt_state_dict` of the model (`CheckedLoading`).
-        use_ema: Whether to prefer the moving average of the weights, where a file has one.
+            given as `checkpoint_path` needs too belongs into `adapt_state_dict` of the model (`CheckedLoading`). Of
+            averaged weights beside others, timm takes there the averaged ones.
         **kwargs: See `timm.models.build_model_with_cfg`.
 
     Raises:
@@ -176,7 +183,7 @@ def build_model(
         if path is None:
             path = _download(cfg, variant, kwargs.get("cache_dir"))
             source = f"{cfg.url}, kept in {path}"
-        return pretrained_filter_fn(load_state_dict(path, use_ema=use_ema), model)
+        return pretrained_filter_fn(load_state_dict(path, use_ema=False), model)
 
     if reads:
         # To timm, which copies what is here, a mere sign that it need not look for a file: `read` does.
@@ -204,5 +211,8 @@ def build_model(
 
 def _download(cfg: PretrainedCfg, variant: str, cache_dir: str | None) -> str:
     """Path of the file at the address in `cfg`, which is fetched unless it is there."""
-    name = posixpath.basename(urlsplit(cfg.url).path) or ".".join(filter(None, (variant, cfg.tag, "pth")))
+    url = urlsplit(cfg.url)
+    name = PurePosixPath(url.path).name
+    if "." not in name:  # the link of a cloud drive, told apart by an identifier
+        name = f"{variant}.{parse_qs(url.query).get('id', [name])[0]}.pth"
     return download_cached_file((cfg.url, name), check_hash=False, cache_dir=cache_dir)

@@ -325,7 +325,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_agent_cswin(variant: str, pretrained: bool = False, **kwargs) -> AgentCswin:
-    return build_model(AgentCswin, variant, pretrained, use_ema=False, **kwargs)
+    return build_model(AgentCswin, variant, pretrained, **kwargs)
 
 
 _BASE = dict(embed_dim=96, depths=(3, 6, 29, 2), num_heads=(4, 8, 16, 32))

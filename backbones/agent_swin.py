@@ -6,8 +6,6 @@ The names of the weights are those of the published checkpoints (https://github.
 load as downloaded.
 """
 
-import logging
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,7 +17,6 @@ from timm.layers import (
     get_act_layer,
     get_norm_layer,
     to_2tuple,
-    trunc_normal_,
 )
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models.swin_transformer import PatchMerging
@@ -28,12 +25,11 @@ from torch import Tensor, nn
 from zoo.backbones._agent import TABLES, AgentAttention, AgentBlock, DepthwiseConv, agent_cfg, check_stages, map_sizes
 from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
+from zoo.backbones.gc_vit import WindowAttention
 from zoo.kernels import window_attention_2d
-from zoo.kernels.window import tiled
+from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
-__all__ = ["AgentMapAttention", "AgentSwin", "WindowAttention"]
-
-_logger = logging.getLogger(__name__)
+__all__ = ["AgentMapAttention", "AgentSwin", "ShiftedWindowAttention"]
 
 
 @register_notrace_module  # resizes its tables to the map, which fx cannot follow
@@ -74,7 +70,7 @@ class AgentMapAttention(AgentAttention):
 
 
 @register_notrace_module  # pads by the size of the map
-class WindowAttention(AdaptedLoading, nn.Module):
+class ShiftedWindowAttention(WindowAttention):
     """Swin's attention within windows, plain or shifted, with a learnt relative position bias.
 
     Paper: https://arxiv.org/abs/2103.14030
@@ -99,68 +95,31 @@ class WindowAttention(AdaptedLoading, nn.Module):
             dim: Width of the tokens.
             num_heads: Number of heads, a divisor of `dim`.
             window_size: Side of a window.
-            shift: Tokens by which the windows are moved.
+            shift: Tokens by which the windows are moved, less than `window_size`.
             qkv_bias: Whether queries, keys and values have a bias.
             proj_drop: Dropout rate of the output.
-
-        Raises:
-            ValueError: `num_heads` does not divide `dim`.
         """
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
-        self.num_heads = num_heads
-        self.window_size = window_size
+        super().__init__(
+            dim, num_heads, window_size, qkv_bias=qkv_bias, proj_drop=proj_drop, device=device, dtype=dtype
+        )
         self.shift = shift
-        self.scale = (dim // num_heads) ** -0.5
-
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads, **dd))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
-
-    def rel_pos_bias(self, rows: int, cols: int) -> Tensor:
-        """[heads, 2 * rows - 1, 2 * cols - 1] for windows of `rows` by `cols` tokens, at most `window_size` each."""
-        side = 2 * self.window_size - 1
-        # The offsets of the published table are of the query from the key.
-        table = self.relative_position_bias_table.flip(0).transpose(0, 1).unflatten(1, (side, side))
-        above, left = self.window_size - rows, self.window_size - cols
-        return table[:, above : side - above, left : side - left]
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, height, width, dim], any height and width -> [batch, height, width, dim]"""
         height, width = x.shape[1], x.shape[2]
-        rows, cols = min(self.window_size, height), min(self.window_size, width)
-        x = F.pad(x, (0, 0, 0, -width % cols, 0, -height % rows))
-        shift = (self.shift if height > rows else 0, self.shift if width > cols else 0)
-
+        window = (min(self.window_size[0], height), min(self.window_size[1], width))
+        shift = (self.shift if height > window[0] else 0, self.shift if width > window[1] else 0)
+        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        bias = self.rel_pos_bias(rows, cols)
-        if torch.jit.is_scripting():
-            x = tiled.window_attention_2d(query, key, value, (rows, cols), shift, bias, self.scale)
-        else:
-            x = window_attention_2d(query, key, value, (rows, cols), shift, rel_pos_bias=bias, scale=self.scale)
-        return self.proj_drop(self.proj(x[:, :height, :width].flatten(3)))
 
-    def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Edit `state_dict` to fit: resize the bias table of another window, drop the index made from its size."""
-        state_dict.pop(f"{prefix}relative_position_index", None)
-        key = f"{prefix}relative_position_bias_table"
-        table, side = state_dict.get(key), 2 * self.window_size - 1
-        if not isinstance(table, Tensor) or table.ndim != 2 or len(table) in (0, side**2):
-            return
-        old = math.isqrt(len(table))
-        if old**2 != len(table):
-            return
-        _logger.info("%s: resizing from %s to %s", key, (old, old), (side, side))
-        maps = table.T.reshape(1, -1, old, old).float()
-        resized = F.interpolate(maps, size=(side, side), mode="bicubic", align_corners=False)
-        state_dict[key] = resized[0].flatten(1).T.to(table.dtype)
+        cut_h, cut_w = self.window_size[0] - window[0], self.window_size[1] - window[1]
+        table = self._bias()  # of a smaller window, the middle
+        bias = table[:, cut_h : table.shape[1] - cut_h, cut_w : table.shape[2] - cut_w]
+        if torch.jit.is_scripting():
+            x = scripted_window_attention_2d(query, key, value, window, shift, bias, self.scale)
+        else:
+            x = window_attention_2d(query, key, value, window, shift, rel_pos_bias=bias, scale=self.scale)
+        return self.proj_drop(self.proj(x[:, :height, :width].flatten(3)))
 
 
 class AgentSwin(AdaptedLoading, Backbone):
@@ -230,7 +189,7 @@ class AgentSwin(AdaptedLoading, Backbone):
             common = dict(dim=dims[stage], num_heads=num_heads[stage], proj_drop=proj_drop_rate, **dd)
             if i < agent_depths[stage]:
                 return AgentMapAttention(num_agents=num_agents[stage], size=sizes[stage], **common)
-            return WindowAttention(window_size=window_size, shift=window_size // 2 if i % 2 else 0, **common)
+            return ShiftedWindowAttention(window_size=window_size, shift=window_size // 2 if i % 2 else 0, **common)
 
         self.patch_embed = PaddedPatchEmbed(
             patch_size=4, in_chans=in_chans, embed_dim=embed_dim, norm_layer=norm_layer, **dd

@@ -10,6 +10,7 @@ from torch import nn
 import zoo  # noqa: F401  (registers the models)
 from zoo.backbones._agent import AgentBlock
 from zoo.backbones.agent_cswin import CSwinBlock
+from zoo.backbones.gc_vit import GlobalContextBlock
 from zoo.backbones.nat import NeighborhoodBlock
 
 
@@ -64,8 +65,8 @@ FAMILIES = {
     ),
     "agent_deit": Family(
         4,
-        ("agent_deit_small", "agent_deit_base"),
-        size=dict(img_size=64, embed_dim=32, depth=6, num_heads=2),
+        ("agent_deit_base",),
+        size=dict(img_size=64, embed_dim=32, depth=5, num_heads=2),
         short=dict(depth=2, agent_depth=1),
         block=AgentBlock,
         no_decay=(*_TABLES, "*.ac_bias", "*.ca_bias", "cls_token", "pos_embed"),
@@ -85,9 +86,9 @@ FAMILIES = {
     ),
     "agent_swin": Family(
         5,
-        ("agent_swin_tiny", "agent_swin_base"),
+        ("agent_swin_base",),
         size=dict(img_size=64, embed_dim=16, depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8)),
-        short=dict(depths=(1, 1, 2, 1), agent_depths=(1, 1, 1, 0)),
+        short=dict(depths=(1, 1, 3, 1), agent_depths=(1, 0, 1, 0)),
         block=AgentBlock,
         no_decay=(*_TABLES, "*.relative_position_bias_table"),
         **_AGENTS,
@@ -101,6 +102,16 @@ FAMILIES = {
         short=dict(depth=2),
         reductions=None,
         **_NEIGHBORHOOD,
+    ),
+    "gc_vit": Family(
+        12,
+        ("gc_vit_small",),
+        size=_STAGES["size"],
+        short=dict(depths=(2, 1), num_heads=(1, 2), window_ratio=(32, 32)),
+        block=GlobalContextBlock,
+        no_decay=("*.attn.relative_position_bias_table",),
+        drawn=(".relative_position_bias_table", ".gamma1", ".gamma2"),
+        license="cc-by-nc-sa-4.0",
     ),
 }
 
