@@ -159,8 +159,9 @@ def _resize_axis(table: Tensor, axis: int, size: int) -> Tensor:
     if table.shape[axis] == size:
         return table
     lines = table.movedim(axis, -1)
-    resized = F.interpolate(lines.flatten(0, -2).unsqueeze(0), size=size, mode="linear", align_corners=False)
-    return resized[0].unflatten(0, lines.shape[:-1]).movedim(-1, axis)
+    # As a map of one column: of a list, torch's gradient on a GPU is not deterministic.
+    resized = _resize_map(lines.flatten(0, -2).unsqueeze(0).unsqueeze(3), size, 1)
+    return resized[0, :, :, 0].unflatten(0, lines.shape[:-1]).movedim(-1, axis)
 
 
 def _resize_map(x: Tensor, height: int, width: int, mode: str = "bilinear") -> Tensor:

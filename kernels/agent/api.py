@@ -90,6 +90,9 @@ def pool_agents(query: Tensor, side: int) -> Tensor:
         if has_torch_function((query,)):
             return handle_torch_function(pool_agents, (query,), query, side)
         _check_pooling(query, side)
+        if torch.are_deterministic_algorithms_enabled():  # adaptive pooling has no deterministic gradient on a GPU
+            rows, cols = _bins(query.shape[1], side, query), _bins(query.shape[2], side, query)
+            return torch.einsum("ph,bhwnd,qw->bpqnd", rows, query, cols).flatten(1, 2)
     heads, dim = query.shape[3], query.shape[4]
     pooled = F.adaptive_avg_pool2d(query.flatten(3).permute(0, 3, 1, 2), side)
     return pooled.flatten(2).transpose(1, 2).unflatten(2, (heads, dim))
@@ -124,3 +127,11 @@ def _check_pooling(query, side) -> None:
         raise TypeError(f"side must be an int, got {side!r}")
     if side < 1:
         raise ValueError(f"side must be at least 1, got {side}")
+
+
+def _bins(length: int, side: int, like: Tensor) -> Tensor:
+    """[side, length]: the weight of every token of an axis in the mean of each bin."""
+    index, token = torch.arange(side, device=like.device), torch.arange(length, device=like.device)
+    first, end = index * length // side, ((index + 1) * length + side - 1) // side
+    inside = (token >= first[:, None]) & (token < end[:, None])
+    return inside.to(like.dtype) / (end - first)[:, None]

@@ -1,16 +1,17 @@
 """Agent attention: the meaning, the fused path against it, torch's machinery, and every refusal."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from operators import assert_error_at_most_twice, assert_matches, outputs_and_grads, random_inputs
 from zoo.kernels import agent_attention, pool_agents
 from zoo.kernels.agent import reference, sdpa
 
 BACKENDS = ["reference", "sdpa"]
-NAMES = ("query", "key", "value", "agent", "agent_bias", "query_bias")
 
 
 def per_query_loop(query, key, value, agent, agent_bias, query_bias, scale, query_scale):
@@ -35,28 +36,21 @@ def per_query_loop(query, key, value, agent, agent_bias, query_bias, scale, quer
     return out
 
 
-def make(batch=2, queries=7, keys=7, agents=3, heads=2, dim=4, value_dim=4, *, bias=True, dtype=torch.float64):
-    """Random arguments that require gradients."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        "query": (batch, queries, heads, dim),
-        "key": (batch, keys, heads, dim),
-        "value": (batch, keys, heads, value_dim),
-        "agent": (batch, agents, heads, dim),
-    }
-    if bias:
-        shapes |= {"agent_bias": (heads, agents, keys), "query_bias": (heads, queries, agents)}
-    return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for name, shape in shapes.items()
-    }
+def make(batch=2, queries=7, keys=7, agents=3, heads=2, dim=4, value_dim=4, *, bias=True, **options):
+    """Random inputs of one call, in the order of `attend`."""
+    return random_inputs(
+        (batch, queries, heads, dim),
+        (batch, keys, heads, dim),
+        (batch, keys, heads, value_dim),
+        (batch, agents, heads, dim),
+        (heads, agents, keys) if bias else None,
+        (heads, queries, agents) if bias else None,
+        **options,
+    )
 
 
-def outputs_and_grads(x, call=agent_attention, **options):
-    """Output of one call and the gradient of every input for one fixed incoming gradient."""
-    out = call(**x, **options)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, list(x.values()), weight)]
+def attend(query, key, value, agent, agent_bias, query_bias, **options):
+    return agent_attention(query, key, value, agent, agent_bias=agent_bias, query_bias=query_bias, **options)
 
 
 # The meaning
@@ -74,107 +68,86 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_per_query_loop(backend, shape, bias):
-    x = make(**shape, bias=bias)
-
-    def loop(**x):
-        return per_query_loop(*(x.get(name) for name in NAMES), 0.7, 1.3)
-
-    actual = outputs_and_grads(x, scale=0.7, query_scale=1.3, backend=backend)
-    for a, e in zip(actual, outputs_and_grads(x, loop), strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+    call = partial(attend, scale=0.7, query_scale=1.3, backend=backend)
+    loop = partial(per_query_loop, scale=0.7, query_scale=1.3)
+    assert_matches(call, loop, make(**shape, bias=bias), 1e-12)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_scales(backend):
-    x = make()
-    default = agent_attention(**x, backend=backend)
-    torch.testing.assert_close(agent_attention(**x, scale=0.5, backend=backend), default)  # 4 ** -0.5
-    both = agent_attention(**x, scale=0.3, query_scale=0.3, backend=backend)
-    torch.testing.assert_close(agent_attention(**x, scale=0.3, backend=backend), both)
-    assert not torch.allclose(agent_attention(**x, query_scale=0.3, backend=backend), default)
+    call = partial(attend, *make(), backend=backend)
+    torch.testing.assert_close(call(scale=0.5), call())  # 4 ** -0.5
+    torch.testing.assert_close(call(scale=0.3), call(scale=0.3, query_scale=0.3))
+    assert not torch.allclose(call(query_scale=0.3), call())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agents_that_are_the_keys_of_a_sharp_softmax_give_plain_attention(backend):
     """Orthogonal keys, each its own agent, make the first softmax the identity."""
-    x = make(queries=5, keys=4, agents=4, bias=False)
-    x["key"] = x["agent"] = torch.eye(4, dtype=torch.float64)[None, :, None].expand(2, 4, 2, 4)
-    out = agent_attention(**x, scale=1e4, query_scale=0.8, backend=backend)
-    q, k, v = (x[name].transpose(1, 2) for name in ("query", "key", "value"))
+    query, _, value, *_ = make(queries=5, keys=4)
+    key = torch.eye(4, dtype=torch.float64)[None, :, None].expand(2, 4, 2, 4)
+    out = agent_attention(query, key, value, key, scale=1e4, query_scale=0.8, backend=backend)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     expected = F.scaled_dot_product_attention(q, k, v, scale=0.8).transpose(1, 2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(bias):
-    x = make(1, 4, 3, 2, 2, 3, 2, bias=bias)
-
-    def call(*inputs):
-        return agent_attention(**dict(zip(x, inputs, strict=True)))
-
-    assert torch.autograd.gradcheck(call, tuple(x.values()))
+    assert torch.autograd.gradcheck(attend, make(1, 4, 3, 2, 2, 3, 2, bias=bias))
 
 
 @pytest.mark.parametrize("shape", [dict(queries=196, keys=196, agents=49), dict(queries=784, keys=784, agents=16)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype, shape):
-    """Against float64: at most twice the error of the reference evaluated in the dtype itself."""
-    x = make(**shape, dim=32, value_dim=32, dtype=dtype)
-    wide = {name: t.detach().double().requires_grad_() for name, t in x.items()}
-    exact = outputs_and_grads(wide, backend="reference")
+    def plain(*inputs):
+        return reference.agent_attention(*inputs, 32**-0.5, 32**-0.5, dtype=dtype)
 
-    def plain(**x):
-        return reference.agent_attention(*x.values(), 32**-0.5, 32**-0.5, dtype=dtype)
-
-    for a, p, e in zip(outputs_and_grads(x), outputs_and_grads(x, plain), exact, strict=True):
-        assert a.dtype == dtype
-        assert (a.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + 1e-6
+    inputs = make(**shape, dim=32, value_dim=32, dtype=dtype)
+    assert_error_at_most_twice(attend, plain, partial(attend, backend="reference"), inputs)
 
 
 def test_biases_keep_their_dtype():
-    x = make()
-    x = {k: v.detach().to(torch.float32 if "bias" in k else torch.bfloat16).requires_grad_() for k, v in x.items()}
-    out = agent_attention(**x)
+    *tokens, agent_bias, query_bias = make(dtype=torch.float32)
+    out = attend(*(x.bfloat16() for x in tokens), agent_bias, query_bias)
     out.sum().backward()
     assert out.dtype == torch.bfloat16
-    assert x["agent_bias"].grad.dtype == x["query_bias"].grad.dtype == torch.float32
+    assert agent_bias.grad.dtype == query_bias.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
-    x = make()
-    expected = agent_attention(**x, backend=backend)
-    strided = {}
-    for name, t in x.items():
-        t = torch.stack([t, -t], -1)[..., 0]  # a last axis of stride 2
-        strided[name] = t.transpose(0, 1).contiguous().transpose(0, 1) if "bias" in name else t
-    torch.testing.assert_close(agent_attention(**strided, backend=backend), expected, rtol=0, atol=1e-14)
+    inputs = make(grad=False)
+    expected = attend(*inputs, backend=backend)
+    strided = [torch.stack([x, -x], -1)[..., 0].transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    torch.testing.assert_close(attend(*strided, backend=backend), expected, rtol=0, atol=1e-14)
+    strided = [torch.stack([x, -x], -1)[..., 0] for x in inputs]  # a last axis of stride 2
+    torch.testing.assert_close(attend(*strided, backend=backend), expected, rtol=0, atol=1e-14)
 
-    one = x["agent"][:1, :1].expand(x["agent"].shape)
-    expected = agent_attention(**x | {"agent": one.clone()}, backend=backend)
-    torch.testing.assert_close(agent_attention(**x | {"agent": one}, backend=backend), expected)
+    inputs[3] = inputs[3][:1, :1].expand(inputs[3].shape)
+    expected = attend(*(x.clone() for x in inputs), backend=backend)
+    torch.testing.assert_close(attend(*inputs, backend=backend), expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("shape", [dict(batch=0), dict(queries=0)], ids=str)
 def test_empty(shape, backend):
-    x = make(**shape)
-    out, *grads = outputs_and_grads(x, backend=backend)
-    assert out.shape == x["query"].shape
-    for grad, t in zip(grads, x.values(), strict=True):
-        assert grad.shape == t.shape and not grad.any()
+    inputs = make(**shape)
+    out, *grads = outputs_and_grads(partial(attend, backend=backend), inputs)
+    assert out.shape == inputs[0].shape
+    for grad, x in zip(grads, inputs, strict=True):
+        assert grad.shape == x.shape and not grad.any()
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4, 0.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_logits(backend, scale):
     # Whole numbers, whose logits are exact: a rounding error times 1e4 would decide between agents.
-    x = {name: t.detach().round().requires_grad_() for name, t in make(dtype=torch.float32).items()}
-    actual = outputs_and_grads(x, scale=scale, backend=backend)
-    assert all(t.isfinite().all() for t in actual)
-    wide = {name: t.double() for name, t in x.items()}
-    expected = agent_attention(**wide, scale=scale, backend="reference")
-    torch.testing.assert_close(actual[0].double(), expected, rtol=0, atol=1e-6)
+    inputs = [x.detach().round() for x in make(dtype=torch.float32)]
+    out, *grads = outputs_and_grads(partial(attend, scale=scale, backend=backend), inputs)
+    assert all(x.isfinite().all() for x in (out, *grads))
+    expected = attend(*(x.double() for x in inputs), scale=scale, backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_nothing_of_queries_by_keys():
@@ -190,17 +163,26 @@ def test_nothing_of_queries_by_keys():
                     largest = max(largest, t.numel())
             return out
 
-    x = make(1, 2304, 2304, 9, 1, dtype=torch.float32)
+    inputs = make(1, 2304, 2304, 9, 1, dtype=torch.float32)
     with Watch():
-        outputs_and_grads(x)
+        outputs_and_grads(attend, inputs)
     assert 2304 * 4 <= largest <= 2304 * 9
 
 
 # Agents from the queries
 
 
+@pytest.fixture
+def deterministic(request):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True)
 @pytest.mark.parametrize(("height", "width", "side"), [(6, 6, 3), (10, 7, 3), (2, 5, 4), (1, 1, 2)])
-def test_pooling(height, width, side):
+def test_pooling(height, width, side, deterministic):
     query = torch.randn(2, height, width, 3, 4, dtype=torch.float64)
     agents = pool_agents(query, side)
     assert agents.shape == (2, side * side, 3, 4)
@@ -230,58 +212,56 @@ def test_pooling_refusals(query, side, error, message):
 
 class Module(torch.nn.Module):
     def forward(self, query, key, value, agent, agent_bias, query_bias):
-        return agent_attention(query, key, value, agent, agent_bias=agent_bias, query_bias=query_bias, query_scale=0.6)
+        return attend(query, key, value, agent, agent_bias, query_bias, query_scale=0.6)
 
 
 def test_compile_fullgraph():
     torch._dynamo.reset()
-    x = make(dtype=torch.float32)
-    compiled = torch.compile(agent_attention, fullgraph=True, backend="aot_eager")
-    for a, e in zip(outputs_and_grads(x, compiled), outputs_and_grads(x), strict=True):
-        torch.testing.assert_close(a, e)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert_matches(compiled, attend, make(dtype=torch.float32), 1e-6)
 
 
 def test_compile_dynamic_shapes_compiles_twice_at_most():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(agent_attention, fullgraph=True, backend=counter)
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
     for batch, tokens in [(2, 7), (3, 9), (4, 12), (5, 11)]:
-        x = make(batch, tokens, tokens, dtype=torch.float32)
-        torch.testing.assert_close(compiled(**x), agent_attention(**x))
+        inputs = make(batch, tokens, tokens, grad=False)
+        torch.testing.assert_close(compiled(*inputs), attend(*inputs))
     assert counter.frame_count == 2
 
 
 def test_export():
-    x = tuple(make(dtype=torch.float32).values())
     batch = torch.export.Dim("batch", min=1, max=64)
     dynamic = (*({0: batch} for _ in range(4)), None, None)
-    program = torch.export.export(Module(), x, dynamic_shapes=dynamic)
-    x = tuple(make(batch=5, dtype=torch.float32).values())
-    torch.testing.assert_close(program.module()(*x), Module()(*x))
+    program = torch.export.export(Module(), tuple(make(grad=False)), dynamic_shapes=dynamic)
+    inputs = make(batch=5, grad=False)
+    torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
 
 
 def test_fx_records_one_call():
+    def calls(traced):
+        return [node.target for node in traced.graph.nodes if node.op == "call_function"]
+
     traced = torch.fx.symbolic_trace(Module())
-    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [agent_attention]
-    x = tuple(make().values())
-    assert torch.equal(traced(*x), Module()(*x))
-    traced = torch.fx.symbolic_trace(lambda query: pool_agents(query, 3))
-    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [pool_agents]
+    assert calls(traced) == [agent_attention]
+    assert torch.equal(traced(*make()), Module()(*make()))
+    assert calls(torch.fx.symbolic_trace(lambda query: pool_agents(query, 3))) == [pool_agents]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript():
-    x = tuple(make().values())
+    inputs = make()
     scripted = torch.jit.script(sdpa.agent_attention)
-    assert torch.equal(scripted(*x, 0.5, 0.6), Module()(*x))
-    assert torch.equal(scripted(*x[:4], None, None, 0.5, 0.6), agent_attention(*x[:4], query_scale=0.6))
+    assert torch.equal(scripted(*inputs, 0.5, 0.6), Module()(*inputs))
+    assert torch.equal(scripted(*inputs[:4], None, None, 0.5, 0.6), agent_attention(*inputs[:4], query_scale=0.6))
     query = torch.randn(2, 6, 5, 3, 4)
     assert torch.equal(torch.jit.script(pool_agents)(query, 3), pool_agents(query, 3))
 
 
 def test_meta_device():
-    x = {name: torch.empty(t.shape, device="meta", dtype=torch.bfloat16) for name, t in make(value_dim=3).items()}
-    out = agent_attention(**x)
+    inputs = [x.to("meta", torch.bfloat16) for x in make(value_dim=3)]
+    out = attend(*inputs)
     assert (out.shape, out.dtype, out.device.type) == ((2, 7, 2, 3), torch.bfloat16, "meta")
 
 
