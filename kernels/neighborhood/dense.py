@@ -45,7 +45,8 @@ def neighborhood_attention_2d(
     q, k, v = classes(query), classes(key), classes(value)
     bias = None
     if rel_pos_bias is not None:
-        bias = dense_bias(rel_pos_bias, rows, cols, query.dtype)
+        # Of four dimensions, or torch would not take a fused kernel on the CPU.
+        bias = dense_bias(rel_pos_bias, rows, cols, query.dtype).unsqueeze(0)
     if extra_key is not None:
         k, v = torch.cat([k, repeated(extra_key)], dim=2), torch.cat([v, repeated(extra_value)], dim=2)
         if bias is not None:

@@ -80,7 +80,23 @@ def window_attention_2d(
         query = query.repeat(1, key.shape[1] // window_size[0], key.shape[2] // window_size[1], 1, 1)
     # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
     module = reference if backend == "reference" or key.shape[0] == 0 else tiled
-    return module.window_attention_2d(query, key, value, window_size, shift, rel_pos_bias, scale)
+    options = window_size, shift, rel_pos_bias, scale
+    images = _images_at_once(key, window_size)
+    if key.shape[0] <= images:
+        return module.window_attention_2d(query, key, value, *options)
+    chunks = zip(*(x.split(images) for x in (query, key, value)), strict=True)
+    return torch.cat([module.window_attention_2d(*chunk, *options) for chunk in chunks])
+
+
+def _images_at_once(key: Tensor, window_size: tuple[int, int]) -> int:
+    """On CUDA, what keeps `batch * windows` and `batch * heads` below 2**16.
+
+    Beyond, torch's fused kernels do not start, or miss the gradient of a bias.
+    """
+    if not key.is_cuda:
+        return key.shape[0]
+    windows = (key.shape[1] // window_size[0]) * (key.shape[2] // window_size[1])
+    return max(1, (2**16 - 1) // max(windows, key.shape[3]))
 
 
 def _check_geometry(query: Tensor, key: Tensor, value: Tensor, window_size, shift) -> None:

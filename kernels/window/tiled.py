@@ -45,7 +45,7 @@ def window_attention_2d(
         query = _partition(query, window_size, outer, inner)
     key = _partition(key, window_size, outer, inner, windows_first=shared)
     value = _partition(value, window_size, outer, inner, windows_first=shared)
-    mask = None if bias is None else bias.unsqueeze(0)  # with three dimensions torch would not take a fused kernel
+    mask = None if bias is None else bias.unsqueeze(0)  # of four dimensions, as in neighborhood/dense.py
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
     sizes = [batch, height // rows, width // cols, heads, rows, cols, value.shape[-1]]

@@ -215,8 +215,8 @@ def test_agrees_with_timm(name, side):
             torch.nn.init.normal_(param)
     timms.load_state_dict(to_timm(ours.state_dict()))
     x = torch.randn(2, 3, side, side)
-    with torch.inference_mode():
-        assert max_error(ours(x), timms(x)) < 1e-5
+    with torch.inference_mode():  # image by image: timm before 1.0.31 mixes the global queries of a batch
+        assert max_error(ours(x), torch.cat([timms(image[None]) for image in x])) < 1e-5
 
 
 # Published files

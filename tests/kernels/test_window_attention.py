@@ -8,9 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from operators import (
+    assert_all_close,
+    assert_error_at_most_twice,
+    assert_matches,
+    outputs_and_grads,
+    random_inputs,
+)
 from zoo.kernels import neighborhood_attention_2d, window_attention_2d
-from zoo.kernels.window import tiled
+from zoo.kernels.window import api, tiled
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "tiled"]
 
 
@@ -38,30 +46,17 @@ def per_query_loop(query, key, value, window_size, shift, bias, scale):
     return out
 
 
-def make(shape, window_size, *, shared=False, bias=True, value_dim=None, dtype=torch.float64, grad=True, seed=0):
+def make(shape, window_size, *, shared=False, bias=True, value_dim=None, **options):
     """Random query, key, value and bias for a map of `shape` [batch, height, width, heads, head_dim]."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-
     batch, _, _, heads, dim = shape
-    query = randn(batch, *window_size, heads, dim) if shared else randn(*shape)
-    qkv = [query, randn(*shape), randn(*shape[:-1], value_dim or dim)]
-    return qkv, randn(heads, 2 * window_size[0] - 1, 2 * window_size[1] - 1) if bias else None
+    query = (batch, *window_size, heads, dim) if shared else shape
+    table = (heads, 2 * window_size[0] - 1, 2 * window_size[1] - 1)
+    return random_inputs(query, shape, (*shape[:-1], value_dim or dim), table if bias else None, **options)
 
 
-def outputs_and_grads(qkv, bias, *args, backend, function=window_attention_2d):
-    """Output of one call and the gradient of every input for one fixed incoming gradient."""
-    inputs = [x.detach().requires_grad_() for x in (*qkv, bias) if x is not None]
-    out = function(*inputs[:3], *args, rel_pos_bias=None if bias is None else inputs[3], backend=backend)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
-
-
-def assert_all_close(actual, expected, atol):
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e.to(a.dtype), rtol=0, atol=atol)
+def attend(window_size, shift=0, function=window_attention_2d, **options):
+    """The call as a function of query, key, value and bias."""
+    return lambda q, k, v, bias: function(q, k, v, window_size, shift, rel_pos_bias=bias, **options)
 
 
 # The meaning
@@ -84,13 +79,13 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_per_query_loop(case, bias, backend):
     size, window_size, shift, shared = case
-    qkv, bias = make((2, *size, 2, 3), window_size, shared=shared, bias=bias, value_dim=4, grad=False)
+    *qkv, bias = make((2, *size, 2, 3), window_size, shared=shared, bias=bias, value_dim=4, grad=False)
     expected = per_query_loop(*qkv, window_size, shift, bias, 0.7)
     out = window_attention_2d(*qkv, window_size, shift, rel_pos_bias=bias, scale=0.7, backend=backend)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
-def swin(query, key, value, window_size, shift, rel_pos_bias, backend):
+def swin(query, key, value, window_size, shift, rel_pos_bias):
     """Swin's own form: a rolled map, cut into windows, and a mask from the regions that a roll brings together."""
     height, width = key.shape[1:3]
 
@@ -107,12 +102,11 @@ def swin(query, key, value, window_size, shift, rel_pos_bias, backend):
         for x in range(0, width, window_size[1]):
             window = slice(None), slice(y, y + window_size[0]), slice(x, x + window_size[1])
             q, k, v = (t[window].flatten(1, 2).transpose(1, 2) for t in rolled)
-            r = region[window[1:]].flatten()
+            r = region[window[1:]].flatten().to(key.device)
             index = torch.cartesian_prod(*map(torch.arange, window_size)).T
             dy, dx = index[:, None, :] - index[:, :, None]
-            mask = rel_pos_bias[:, dy + window_size[0] - 1, dx + window_size[1] - 1]
-            mask = mask.masked_fill(r[:, None] != r[None, :], float("-inf"))
-            attended = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            logits = q @ k.mT * q.shape[-1] ** -0.5 + rel_pos_bias[:, dy + window_size[0] - 1, dx + window_size[1] - 1]
+            attended = logits.masked_fill(r[:, None] != r[None, :], float("-inf")).softmax(-1) @ v
             out[window] = attended.transpose(1, 2).unflatten(1, window_size)
     return out.roll(shift, (1, 2))
 
@@ -120,26 +114,21 @@ def swin(query, key, value, window_size, shift, rel_pos_bias, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("window_size", "shift"), [((4, 4), (2, 2)), ((4, 3), (1, 2)), ((8, 12), (4, 6))])
 def test_shift_is_swins(window_size, shift, backend):
-    qkv, bias = make((2, 8, 12, 3, 4), window_size)
-    actual = outputs_and_grads(qkv, bias, window_size, shift, backend=backend)
-    assert_all_close(actual, outputs_and_grads(qkv, bias, window_size, shift, backend=None, function=swin), 1e-12)
+    call = attend(window_size, shift, backend=backend)
+    assert_matches(call, attend(window_size, shift, swin), make((2, 8, 12, 3, 4), window_size), 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shared_query_is_a_repeated_one(backend):
-    (q, k, v), bias = make((2, 9, 8, 3, 4), (3, 4), shared=True)
-    local = window_attention_2d(q.repeat(1, 3, 2, 1, 1), k, v, (3, 4), rel_pos_bias=bias, backend=backend)
-    shared = window_attention_2d(q, k, v, (3, 4), rel_pos_bias=bias, backend=backend)
-    torch.testing.assert_close(shared, local, rtol=0, atol=1e-13)
-    inputs = q, k, v, bias
-    grads = (torch.autograd.grad(x.square().sum(), inputs) for x in (shared, local))
-    assert_all_close(*grads, 1e-12)
+    call = attend((3, 4), backend=backend)
+    inputs = make((2, 9, 8, 3, 4), (3, 4), shared=True)
+    assert_matches(call, lambda q, *others: call(q.repeat(1, 3, 2, 1, 1), *others), inputs, 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_window_over_the_map_is_neighborhood_attention(backend):
     """One convention for the bias tables of both operators."""
-    qkv, bias = make((2, 5, 6, 2, 4), (5, 6), grad=False)
+    *qkv, bias = make((2, 5, 6, 2, 4), (5, 6), grad=False)
     out = window_attention_2d(*qkv, (5, 6), rel_pos_bias=bias, backend=backend)
     expected = neighborhood_attention_2d(*qkv, (5, 6), rel_pos_bias=bias, backend="reference")
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
@@ -166,44 +155,38 @@ def calls(draw):
 @given(calls())
 def test_tiled_matches_reference(call):
     shape, window_size, shift, shared, bias, value_dim = call
-    qkv, bias = make(shape, window_size, shared=shared, bias=bias, value_dim=value_dim)
-    actual = outputs_and_grads(qkv, bias, window_size, shift, backend="tiled")
-    assert_all_close(actual, outputs_and_grads(qkv, bias, window_size, shift, backend="reference"), 1e-11)
+    inputs = make(shape, window_size, shared=shared, bias=bias, value_dim=value_dim)
+    tiled, reference = (attend(window_size, shift, backend=backend) for backend in ("tiled", "reference"))
+    assert_matches(tiled, reference, inputs, 1e-12)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("shift", "shared"), [(0, False), (1, False), (0, True)])
 def test_gradcheck(shift, shared, bias):
-    qkv, bias = make((1, 4, 6, 2, 2), (2, 3), shared=shared, bias=bias)
-
-    def call(query, key, value, bias=None):
-        return window_attention_2d(query, key, value, (2, 3), shift, rel_pos_bias=bias, scale=0.6)
-
-    assert torch.autograd.gradcheck(call, (*qkv,) if bias is None else (*qkv, bias))
+    *inputs, table = make((1, 4, 6, 2, 2), (2, 3), shared=shared, bias=bias)
+    call = attend((2, 3), shift, scale=0.6)
+    assert torch.autograd.gradcheck(lambda q, k, v, table=None: call(q, k, v, table), (*inputs, table)[: 3 + bias])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("shift", "shared"), [(0, False), (3, False), (0, True)])
 def test_low_precision(shift, shared, dtype):
     """Against float64: at most twice the error of attention window by window in the dtype itself."""
-    qkv, bias = make((2, 14, 14, 2, 32), (7, 7), shared=shared, dtype=dtype)
-    exact = outputs_and_grads([x.double() for x in qkv], bias.double(), 7, shift, backend="reference")
-    repeats = 14 // qkv[0].shape[1]
 
-    def plain(query, *args, **options):
-        return swin(query.repeat(1, repeats, repeats, 1, 1), *args, **options)
+    def plain(q, k, v, bias):
+        repeats = 14 // q.shape[1]
+        return swin(q.repeat(1, repeats, repeats, 1, 1), k, v, (7, 7), (shift, shift), bias)
 
-    plain = outputs_and_grads(qkv, bias, (7, 7), (shift, shift), backend=None, function=plain)
-    for a, p, e in zip(outputs_and_grads(qkv, bias, 7, shift, backend="tiled"), plain, exact, strict=True):
-        assert a.dtype == dtype
-        assert (a.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + 1e-6
+    inputs = make((2, 14, 14, 2, 32), (7, 7), shared=shared, dtype=dtype, device=DEVICE)
+    tiled, reference = (attend(7, shift, backend=backend) for backend in ("tiled", "reference"))
+    assert_error_at_most_twice(tiled, plain, reference, inputs)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bias_keeps_its_dtype(backend, shared):
     """Under autocast the bias table stays in float32 while the rest is low precision."""
-    qkv, bias = make((1, 9, 9, 2, 8), (3, 3), shared=shared, dtype=torch.bfloat16)
+    *qkv, bias = make((1, 9, 9, 2, 8), (3, 3), shared=shared, dtype=torch.bfloat16)
     bias = bias.detach().float().requires_grad_()
     out = window_attention_2d(*qkv, 3, rel_pos_bias=bias, backend=backend)
     out.sum().backward()
@@ -214,7 +197,7 @@ def test_bias_keeps_its_dtype(backend, shared):
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend, shift):
-    (q, k, v), bias = make((2, 8, 12, 3, 16), (4, 4), grad=False)
+    q, k, v, bias = make((2, 8, 12, 3, 16), (4, 4), grad=False)
     one = q[:, :4, :4].clone()
     expected = [
         window_attention_2d(x, k, v, 4, s, rel_pos_bias=bias, backend=backend) for x, s in ((q, shift), (one, 0))
@@ -237,8 +220,8 @@ def test_any_strides(backend, shift):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_empty_batch(backend, shared):
-    qkv, bias = make((0, 6, 6, 2, 4), (3, 3), shared=shared)
-    out, *grads = outputs_and_grads(qkv, bias, 3, backend=backend)
+    *qkv, bias = make((0, 6, 6, 2, 4), (3, 3), shared=shared)
+    out, *grads = outputs_and_grads(attend(3, backend=backend), (*qkv, bias))
     assert out.shape == (0, 6, 6, 2, 4)
     assert [g.shape for g in grads] == [x.shape for x in (*qkv, bias)]
     assert not grads[3].any()
@@ -246,7 +229,7 @@ def test_empty_batch(backend, shared):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_broken_key_stays_in_its_window(backend):
-    (q, k, v), bias = make((2, 6, 6, 1, 4), (3, 3), grad=False)
+    q, k, v, bias = make((2, 6, 6, 1, 4), (3, 3), grad=False)
     clean = window_attention_2d(q, k, v, 3, rel_pos_bias=bias, backend=backend)
     k[0, 1, 4] = float("nan")
     out = window_attention_2d(q, k, v, 3, rel_pos_bias=bias, backend=backend)
@@ -257,7 +240,7 @@ def test_a_broken_key_stays_in_its_window(backend):
 
 
 def test_shared_query_is_not_copied_for_every_window(monkeypatch):
-    (q, k, v), bias = make((2, 12, 12, 3, 8), (3, 3), shared=True, grad=False)
+    q, k, v, bias = make((2, 12, 12, 3, 8), (3, 3), shared=True, grad=False)
     sizes = []
 
     def spy(query, *args, **kwargs):
@@ -269,6 +252,14 @@ def test_shared_query_is_not_copied_for_every_window(monkeypatch):
     assert sizes == [((16, 6, 9, 8), q.nbytes)]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_images_are_split(shared, monkeypatch):
+    inputs = make((5, 6, 4, 2, 4), (3, 2), shared=shared)
+    expected = outputs_and_grads(attend((3, 2)), inputs)
+    monkeypatch.setattr(api, "_images_at_once", lambda key, window_size: 2)
+    assert_all_close(outputs_and_grads(attend((3, 2)), inputs), expected, 1e-12)
+
+
 # torch's own machinery
 
 
@@ -278,12 +269,8 @@ CONFIGURATIONS = [(0, False), (2, False), (0, True)]
 @pytest.mark.parametrize(("shift", "shared"), CONFIGURATIONS)
 def test_compile_fullgraph(shift, shared):
     torch._dynamo.reset()
-    qkv, bias = make((2, 8, 8, 2, 4), (4, 4), shared=shared, dtype=torch.float32)
-    compiled = torch.compile(window_attention_2d, fullgraph=True, backend="aot_eager")
-    out, expected = (f(*qkv, 4, shift, rel_pos_bias=bias) for f in (compiled, window_attention_2d))
-    torch.testing.assert_close(out, expected)
-    grads = (torch.autograd.grad(x.square().sum(), (*qkv, bias)) for x in (out, expected))
-    assert_all_close(*grads, 1e-5)
+    compiled = torch.compile(attend(4, shift), fullgraph=True, backend="aot_eager")
+    assert_matches(compiled, attend(4, shift), make((2, 8, 8, 2, 4), (4, 4), shared=shared, dtype=torch.float32), 1e-5)
 
 
 @pytest.mark.parametrize(("shift", "shared"), CONFIGURATIONS)
@@ -292,10 +279,10 @@ def test_export_with_any_batch_size(shift, shared):
         def forward(self, q, k, v, bias):
             return window_attention_2d(q, k, v, 4, shift, rel_pos_bias=bias)
 
-    qkv, bias = make((2, 8, 8, 2, 4), (4, 4), shared=shared, dtype=torch.float32, grad=False)
+    *qkv, bias = make((2, 8, 8, 2, 4), (4, 4), shared=shared, dtype=torch.float32, grad=False)
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     exported = torch.export.export(Module(), (*qkv, bias), dynamic_shapes=(batch, batch, batch, None)).module()
-    qkv, bias = make((5, 8, 8, 2, 4), (4, 4), shared=shared, dtype=torch.float32, grad=False)
+    *qkv, bias = make((5, 8, 8, 2, 4), (4, 4), shared=shared, dtype=torch.float32, grad=False)
     torch.testing.assert_close(exported(*qkv, bias), window_attention_2d(*qkv, 4, shift, rel_pos_bias=bias))
 
 
@@ -303,7 +290,7 @@ def test_export_with_any_batch_size(shift, shared):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("shift", "shared"), CONFIGURATIONS)
 def test_torchscript(shift, shared, bias):
-    qkv, bias = make((2, 8, 8, 2, 4), (4, 4), shared=shared, bias=bias, dtype=torch.float32, grad=False)
+    *qkv, bias = make((2, 8, 8, 2, 4), (4, 4), shared=shared, bias=bias, dtype=torch.float32, grad=False)
     scripted = torch.jit.script(tiled.window_attention_2d)
     out = scripted(*qkv, (4, 4), (shift, shift), bias, 0.5)
     torch.testing.assert_close(out, window_attention_2d(*qkv, 4, shift, rel_pos_bias=bias, scale=0.5))
