@@ -85,9 +85,9 @@ class AgentAttention(AdaptedLoading, nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
-        self.agent_side = math.isqrt(num_agents)
-        if self.agent_side**2 != num_agents or num_agents < 1:
+        if num_agents < 1 or math.isqrt(num_agents) ** 2 != num_agents:
             raise ValueError(f"num_agents must be the square of a positive number, got {num_agents}")
+        self.agent_side = math.isqrt(num_agents)
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
 
