@@ -1,5 +1,5 @@
 """Backbones registered with timm, one family per file."""
 
-from zoo.backbones import dinat_s, gc_vit, nat, nat_isotropic
+from zoo.backbones import agent_cswin, agent_deit, agent_pvt, agent_swin, dinat_s, gc_vit, nat, nat_isotropic
 
-__all__ = ["dinat_s", "gc_vit", "nat", "nat_isotropic"]
+__all__ = ["agent_cswin", "agent_deit", "agent_pvt", "agent_swin", "dinat_s", "gc_vit", "nat", "nat_isotropic"]

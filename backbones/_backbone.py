@@ -124,7 +124,8 @@ class Backbone(CheckedLoading, nn.Module):
       attributes by name. `Stages` and `Blocks` are such lists. A trunk in several attributes defines `_prune_trunk`.
     * `group_matcher`;
     * `no_decay_suffixes`, the ends of the names of parameters that are not to decay besides biases and norms;
-    * `_embed`, where `patch_embed` is not all that precedes the trunk;
+    * `_embed`, where `patch_embed` is not all that precedes the trunk, or `_forward_image`, where more than a tensor
+      goes from one to the other;
     * `_init_weights`, where the authors start from other weights than this one gives;
     * `_map_size`, where the trunk's outputs are lists of tokens.
     Blocks are `CheckpointedBlock`s, or something that has such blocks inside.
@@ -192,6 +193,10 @@ class Backbone(CheckedLoading, nn.Module):
         """The trunk's last map and those of `take_indices`, without the final norm. Stops after `max_index`."""
         raise NotImplementedError
 
+    def _forward_image(self, x: Tensor, take_indices: list[int], max_index: int) -> tuple[Tensor, list[Tensor]]:
+        """`_forward_trunk` of an image."""
+        return self._forward_trunk(self._embed(x), take_indices, max_index)
+
     def _prune_trunk(self, max_index: int) -> None:
         """Remove what follows the map `max_index`."""
         trunk = getattr(self, self.trunk_name)
@@ -215,7 +220,7 @@ class Backbone(CheckedLoading, nn.Module):
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise the weights; `needs_reset` also those of modules that do so at construction."""
-        named_apply(partial(self._init_weights, needs_reset=needs_reset), self)
+        named_apply(partial(self._init_weights, needs_reset=needs_reset), self, include_root=True)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -275,7 +280,7 @@ class Backbone(CheckedLoading, nn.Module):
             raise ValueError(f"output_fmt must be NCHW or {other_fmt}, got {output_fmt}")  # TorchScript knows no !r
         height, width = x.shape[2], x.shape[3]
         take_indices, max_index = feature_take_indices(self.depth, indices)
-        x, taken = self._forward_trunk(self._embed(x), take_indices, max_index if stop_early else self.depth - 1)
+        x, taken = self._forward_image(x, take_indices, max_index if stop_early else self.depth - 1)
 
         intermediates: list[Tensor] = []
         for y in taken:
@@ -330,7 +335,7 @@ class Backbone(CheckedLoading, nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[batch, in_chans, height, width] -> the final map, such as [batch, map height, map width, num_features]"""
         take_indices: list[int] = []
-        x, _ = self._forward_trunk(self._embed(x), take_indices, self.depth - 1)
+        x, _ = self._forward_image(x, take_indices, self.depth - 1)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

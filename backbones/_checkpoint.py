@@ -2,19 +2,22 @@
 
 import pickle
 import struct
-from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs, urlsplit
 
 import torch
-from timm.models import clean_state_dict, load_state_dict
+from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._hub import download_cached_file
 from torch import nn
 
-__all__ = ["CheckedLoading", "build_model", "checkpoint_filter_fn"]
+__all__ = ["AdaptedLoading", "CheckedLoading", "build_model", "checkpoint_filter_fn"]
+
+# The authors' trainers may leave their configuration in a file: a dict by another name, and read as one.
+torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 _MAX_LISTED = 3  # offenders of each kind that an error names
 
@@ -59,6 +62,17 @@ class CheckedLoading:
         if problems:
             raise RuntimeError("\n  ".join([f"weights do not fit {type(self).__name__}, nothing loaded:", *problems]))
         return super().load_state_dict(adapted, strict=strict, assign=assign)
+
+
+class AdaptedLoading:
+    """Mixin before `nn.Module`, for a module with `adapt_state_dict` (see `CheckedLoading`).
+
+    It is then adapted to on every road, also where the model is inside another one.
+    """
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.adapt_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _mismatches(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> list[str]:
@@ -134,7 +148,10 @@ def build_model(
     pretrained_filter_fn: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]] = checkpoint_filter_fn,
     **kwargs,
 ) -> nn.Module:
-    """`timm.models.build_model_with_cfg`, with errors about weights that name where the weights came from.
+    """`timm.models.build_model_with_cfg`, which reads files and downloads alike, as `checkpoint_filter_fn` says.
+
+    A download may hold more than weights, and its address need not carry a file name. Errors about weights name where
+    the weights came from.
 
     Args:
         model_cls: Class to build.
@@ -150,40 +167,52 @@ def build_model(
         FileNotFoundError: The file of the weights does not exist.
         RuntimeError: The weights could not be fetched, are truncated, hold more than tensors, or do not fit.
     """
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    source = cfg.file or cfg.hf_hub_id or cfg.url
+    is_file = bool(cfg.file or (cfg.url and not cfg.hf_hub_id))
+    reads = pretrained and is_file and not cfg.state_dict and cfg.source not in ("hf-hub", "local-dir")
     built = []
 
     def construct(**model_args):
         built.append(model_cls(**model_args))
         return built[-1]
 
-    def filter_fn(state_dict, model):
-        if cfg.file and not cfg.state_dict:  # from a file timm has taken averaged weights, where there are any
-            state_dict = load_state_dict(cfg.file, use_ema=False)
-        return pretrained_filter_fn(state_dict, model)
+    def read(_: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+        nonlocal source
+        path = cfg.file
+        if path is None:
+            path = _download(cfg, variant, kwargs.get("cache_dir"))
+            source = f"{cfg.url}, kept in {path}"
+        return pretrained_filter_fn(load_state_dict(path, use_ema=False), model)
 
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if pretrained and kwargs.get("cache_dir") is None:
-        kwargs["cache_dir"] = _cache_dir(cfg.url)
+    if reads:
+        # To timm, which copies what is here, a mere sign that it need not look for a file: `read` does.
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": {"": None}}
     try:
-        with torch.serialization.safe_globals([Namespace]):  # trainers save their arguments with the weights
-            return build_model_with_cfg(
-                construct,
-                variant,
-                pretrained,
-                feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-                pretrained_filter_fn=filter_fn,
-                **kwargs,
-            )
+        model = build_model_with_cfg(
+            construct,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            pretrained_filter_fn=read if reads else pretrained_filter_fn,
+            **kwargs,
+        )
     except _UNREADABLE as error:
-        source = cfg.file or cfg.hf_hub_id or cfg.url
         if not (pretrained and source and built):  # an error of the constructor
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else RuntimeError
         detail = str(error) or "no such file"  # timm raises a bare FileNotFoundError
         raise kind(f"could not load the weights of {variant} from {source}: {detail}") from error
+    if reads:
+        for part in (model, *built):
+            part.pretrained_cfg.pop("state_dict", None)
+    return model
 
 
-def _cache_dir(url: str | None) -> Path | None:
-    """A folder of its own for a file on Google Drive, where all have the name "uc"; None for torch's own folder."""
-    drive_id = parse_qs(urlparse(url or "").query).get("id")
-    return Path(torch.hub.get_dir(), "checkpoints", drive_id[0]) if drive_id else None
+def _download(cfg: PretrainedCfg, variant: str, cache_dir: str | None) -> str:
+    """Path of the file at the address in `cfg`, which is fetched unless it is there."""
+    url = urlsplit(cfg.url)
+    name = PurePosixPath(url.path).name
+    if "." not in name:  # the link of a cloud drive, told apart by an identifier
+        name = f"{variant}.{parse_qs(url.query).get('id', [name])[0]}.pth"
+    return download_cached_file((cfg.url, name), check_hash=False, cache_dir=cache_dir)

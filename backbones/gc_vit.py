@@ -28,7 +28,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model, regis
 from torch import Tensor, nn
 
 from zoo.backbones._backbone import Backbone, CheckpointedBlock, Stages
-from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
+from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 
 @register_notrace_module  # pads by the size of the map, which fx cannot follow
-class WindowAttention(nn.Module):
+class WindowAttention(AdaptedLoading, nn.Module):
     """Multi-head attention within windows, with a learnt relative position bias, by its own or by global queries.
 
     Papers: Swin (https://arxiv.org/abs/2103.14030), global queries: GC ViT (https://arxiv.org/abs/2206.09959).
@@ -146,11 +146,6 @@ class WindowAttention(nn.Module):
         )
         resized = resize_rel_pos_bias_table_simple(table.float(), self.window_size, shape)
         state_dict[name] = resized.to(table.dtype)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Reached on every road, also where the model is inside another one.
-        self.adapt_state_dict(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class GlobalContextBlock(CheckpointedBlock):

@@ -30,7 +30,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from zoo.backbones._backbone import Backbone, CheckpointedBlock, Stage, Stages
-from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
+from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import neighborhood_attention_2d
 
 __all__ = ["Nat", "NeighborhoodAttention", "NeighborhoodBlock"]
@@ -39,7 +39,7 @@ _logger = logging.getLogger(__name__)
 
 
 @register_notrace_module  # pads by the size of the map, which fx cannot follow
-class NeighborhoodAttention(nn.Module):
+class NeighborhoodAttention(AdaptedLoading, nn.Module):
     """Multi-head attention of every token to a window around it, with a learnt relative position bias.
 
     Papers: Neighborhood Attention (https://arxiv.org/abs/2204.07143), dilation (https://arxiv.org/abs/2209.15001).
@@ -129,11 +129,6 @@ class NeighborhoodAttention(nn.Module):
         _logger.info("%srpb: resizing the bias table from %s to %s", prefix, tuple(table.shape[1:]), tuple(size))
         resized = F.interpolate(table[None].float(), size=tuple(size), mode="bicubic", align_corners=False)[0]
         state_dict[f"{prefix}rpb"] = resized.to(table.dtype)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Reached on every road, also where the model is inside another one.
-        self.adapt_state_dict(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NeighborhoodBlock(CheckpointedBlock):

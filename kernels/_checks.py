@@ -84,12 +84,12 @@ def positive_pair(name: str, value) -> tuple[int, int]:
     return values
 
 
-def resolve_scale(scale, query: Tensor) -> float:
+def resolve_scale(scale, query: Tensor, name: str = "scale") -> float:
     """`scale` as a float, `head_dim ** -0.5` where it is None."""
     if scale is None:
         return query.shape[-1] ** -0.5
     if not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+        raise TypeError(f"{name} must be a number or None, got {type(scale).__name__}")
     return float(scale)
 
 

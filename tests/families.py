@@ -8,6 +8,8 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import zoo  # noqa: F401  (registers the models)
+from zoo.backbones._agent import AgentBlock
+from zoo.backbones.agent_cswin import CSwinBlock
 from zoo.backbones.gc_vit import GlobalContextBlock
 from zoo.backbones.nat import NeighborhoodBlock
 
@@ -48,7 +50,49 @@ _STAGES = dict(
     size=dict(embed_dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 4, 8)), short=dict(depths=(2, 1, 1, 1))
 )  # fmt: skip
 
+_AGENTS = dict(drawn=("_bias", "_bias_table"), license="unknown")
+_TABLES = ("*.an_bias", "*.na_bias", "*.ah_bias", "*.aw_bias", "*.ha_bias", "*.wa_bias")
+
 FAMILIES = {
+    "agent_cswin": Family(
+        4,
+        ("agent_cswin_tiny",),
+        size=dict(img_size=64, embed_dim=16, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8)),
+        short=dict(depths=(1, 1, 1, 1)),
+        block=CSwinBlock,
+        no_decay=_TABLES,
+        **_AGENTS,
+    ),
+    "agent_deit": Family(
+        4,
+        ("agent_deit_base",),
+        size=dict(img_size=64, embed_dim=32, depth=5, num_heads=2),
+        short=dict(depth=2, agent_depth=1),
+        block=AgentBlock,
+        no_decay=(*_TABLES, "*.ac_bias", "*.ca_bias", "cls_token", "pos_embed"),
+        output_fmt="NLC",
+        reductions=None,
+        pools=("token", "avg", "max", "avgmax"),
+        **_AGENTS,
+    ),
+    "agent_pvt": Family(
+        5,
+        ("agent_pvt_tiny",),
+        size=dict(img_size=64, embed_dims=(16, 32, 40, 64), depths=(1, 2, 1, 1), num_heads=(1, 2, 5, 8)),
+        short=dict(depths=(1, 1, 1, 1)),
+        block=AgentBlock,
+        no_decay=(*_TABLES, "pos_embed?"),
+        **_AGENTS,
+    ),
+    "agent_swin": Family(
+        5,
+        ("agent_swin_base",),
+        size=dict(img_size=64, embed_dim=16, depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8)),
+        short=dict(depths=(1, 1, 3, 1), agent_depths=(1, 0, 1, 0)),
+        block=AgentBlock,
+        no_decay=(*_TABLES, "*.relative_position_bias_table"),
+        **_AGENTS,
+    ),
     "nat": Family(14, ("nat_small", "dinat_tiny"), **_STAGES, **_NEIGHBORHOOD),
     "dinat_s": Family(6, ("dinat_s_tiny",), **_STAGES, **_NEIGHBORHOOD),
     "nat_isotropic": Family(

@@ -1,6 +1,7 @@
 """Reading checkpoint files: safely, and with one clear error when a file is not what it should be."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -35,8 +36,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception as error:  # zip, pickle and end-of-file errors: to the user they are all one thing
         problem = "it is truncated or damaged, or not a file of PyTorch weights"
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
-            problem = "it holds Python objects besides weights, which are never loaded because they can run code"
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found:
+            what = f"Python objects besides weights ({found[1]})"
+            problem = f"it holds {what}, which are never loaded because they can run code"
         raise UserError(f"cannot read checkpoint {path} ({path.stat().st_size:,} bytes): {problem}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary of weights")

@@ -169,9 +169,12 @@ def test_backward_reaches_every_parameter_and_checkpointing_changes_nothing(name
         model = small(name).train()
         model.set_grad_checkpointing(enable)
         assert model.grad_checkpointing == enable
-        out = model(x)
+        features = model.forward_features(x)
+        out = model.forward_head(features)
         assert out.shape == (2, 10)
-        out.square().mean().backward()
+        # Every token counts: where a class token is pooled, no other enters the logits behind the last attention.
+        weights = torch.linspace(-1, 1, features.numel()).view(features.shape)
+        (out.square().mean() + (weights * features).mean()).backward()
         gradients.append((out, *(param.grad for param in model.parameters())))
     for (param_name, _), without, with_checkpoints in zip(
         [("output", None), *model.named_parameters()], *gradients, strict=True

@@ -249,7 +249,7 @@ def by_url(path, monkeypatch):
 
 def by_drive(path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(path.parent))
-    cached = path.parent / "hub" / "checkpoints" / "1maGDr" / "uc"
+    cached = path.parent / "hub" / "checkpoints" / "test_gc_vit.1maGDr.pth"
     cached.parent.mkdir(parents=True)
     path.rename(cached)
     overlay = dict(url="https://drive.google.com/uc?export=download&id=1maGDr")
