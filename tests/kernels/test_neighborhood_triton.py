@@ -17,7 +17,7 @@ CASES = {
     "smaller than a tile": ((2, 3, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "one past a tile": ((1, 5, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "several tiles": ((1, 10, 5, 1, 8), (3, 3), (1, 1), (1, 1), (False, False), False, 0),
-    "an interior": ((1, 13, 5, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
+    "an interior": ((1, 13, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "one block, several images": ((5, 3, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "heads and padded head_dim": ((1, 3, 5, 2, 12), (3, 5), (1, 1), (1, 1), (False, False), True, 0),
     "window over several blocks": ((1, 9, 6, 1, 16), (7, 5), (1, 1), (1, 1), (False, False), False, 0),
