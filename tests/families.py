@@ -8,6 +8,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import zoo  # noqa: F401  (registers the models)
+from zoo.backbones.biformer import BiFormerBlock
 from zoo.backbones.nat import NeighborhoodBlock
 
 
@@ -57,6 +58,16 @@ FAMILIES = {
         short=dict(depth=2),
         reductions=None,
         **_NEIGHBORHOOD,
+    ),
+    "biformer": Family(
+        6,
+        ("biformer_tiny", "biformer_stl", "biformer_stl_nchw"),
+        # Large regions, whose choice does not hang on the rounding of a few numbers.
+        size=dict(_STAGES["size"], n_win=2),
+        short=_STAGES["short"],
+        block=BiFormerBlock,
+        output_fmt="NCHW",
+        sizes=((96, 160), (32, 64)),  # the authors' STL models leave out what is no whole patch
     ),
 }
 
