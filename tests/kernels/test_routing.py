@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from operators import assert_all_close, assert_error_at_most_twice, assert_matches, outputs_and_grads, random_inputs
 from zoo.kernels import routing_attention_2d
 from zoo.kernels.routing import reference, tiled
 
@@ -47,27 +48,14 @@ def per_query_loop(query, key, value, region_size, topk, scale, soft):
     return out
 
 
-def make(shape, *, dtype=torch.float64, grad=True, seed=0):
+def make(shape, **kwargs):
     """Random query, key and value for a map of `shape` [batch, height, width, heads, head_dim]."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad) for _ in range(3)
-    ]
+    return random_inputs(shape, shape, shape, **kwargs)
 
 
-def outputs_and_grads(qkv, *args, **kwargs):
-    """Output of one call and the gradients of query, key and value for one fixed incoming gradient."""
-    inputs = [x.detach().requires_grad_() for x in qkv]
-    out = routing_attention_2d(*inputs, *args, **kwargs)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
-
-
-def assert_all_close(actual, expected, atol):
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(
-            a, e.to(a.dtype), rtol=0, atol=atol * max(1.0, e.abs().max().item() if e.numel() else 0)
-        )
+def routing(*args, **kwargs):
+    """The operator as a function of query, key and value alone."""
+    return lambda *qkv: routing_attention_2d(*qkv, *args, **kwargs)
 
 
 # The meaning
@@ -91,12 +79,10 @@ LOOP_CASES = [
 def test_matches_per_query_loop(case, soft):
     size, region_size, topk = case
     qkv = make((1, *size, 2, 3))
-    weight = torch.linspace(-1, 1, qkv[0].numel(), dtype=torch.float64).view(qkv[0].shape)
-    expected = per_query_loop(*qkv, region_size, topk, 0.7, soft)
-    expected = [expected.detach(), *torch.autograd.grad(expected, qkv, weight)]
+    expected = outputs_and_grads(lambda *qkv: per_query_loop(*qkv, region_size, topk, 0.7, soft), qkv)
     for backend in BACKENDS:
-        actual = outputs_and_grads(qkv, region_size, topk, soft=soft, scale=0.7, backend=backend)
-        assert_all_close(actual, expected, 1e-12)
+        call = routing(region_size, topk, soft=soft, scale=0.7, backend=backend)
+        assert_all_close(outputs_and_grads(call, qkv), expected, 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,11 +126,10 @@ def calls(draw):
 @given(calls(), st.sampled_from([2**6, 2**10, 2**20]))
 def test_tiled_matches_reference(call, chunk):
     shape, region_size, topk, soft = call
-    qkv = make(shape)
+    tiled_call, reference_call = (routing(region_size, topk, soft=soft, backend=backend) for backend in BACKENDS[::-1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "CHUNK", chunk)
-        actual = outputs_and_grads(qkv, region_size, topk, soft=soft, backend="tiled")
-    assert_all_close(actual, outputs_and_grads(qkv, region_size, topk, soft=soft, backend="reference"), 1e-12)
+        assert_matches(tiled_call, reference_call, make(shape), 1e-12)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -167,24 +152,22 @@ def test_higher_gradients_of_the_reference(soft):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype, soft):
-    """Against float64: at most twice the error of the reference whose second level is evaluated in the dtype itself."""
-    qkv = make((2, 14, 21, 2, 32), dtype=dtype)
+    """The reference evaluates its second level in the dtype itself."""
     args = (2, 3), 4
-    exact = outputs_and_grads([x.double() for x in qkv], *args, soft=soft, backend="reference")
-    out = reference.routing_attention_2d(*qkv, *args, 32**-0.5, soft, dtype=dtype)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
-    plain = [out, *torch.autograd.grad(out, qkv, weight)]
-    for a, p, e in zip(outputs_and_grads(qkv, *args, soft=soft, backend="tiled"), plain, exact, strict=True):
-        assert a.dtype == dtype
-        assert (a.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + 1e-6
+    assert_error_at_most_twice(
+        routing(*args, soft=soft, backend="tiled"),
+        lambda *qkv: reference.routing_attention_2d(*qkv, *args, 32**-0.5, soft, dtype=dtype),
+        routing(*args, soft=soft, backend="reference"),
+        make((2, 14, 21, 2, 32), dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_does_not_reach_the_choice(dtype):
     qkv = make((1, 16, 16, 2, 8), dtype=torch.float32)
-    expected = outputs_and_grads(qkv, 4, 2)
+    expected = outputs_and_grads(routing(4, 2), qkv)
     with torch.autocast("cpu", dtype=dtype):
-        actual = outputs_and_grads(qkv, 4, 2)
+        actual = outputs_and_grads(routing(4, 2), qkv)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
@@ -266,7 +249,7 @@ def test_no_gradient_through_a_hard_choice(backend, soft):
     """With equal values and equal tokens in a region, only the weights of regions can move the output."""
     q, k, v = (x.repeat_interleave(3, 1).repeat_interleave(3, 2) for x in make((1, 3, 3, 1, 4), grad=False))
     v = torch.ones_like(v)
-    _, d_query, _, _ = outputs_and_grads((q, k, v), 3, 4, soft=soft, backend=backend)
+    _, d_query, _, _ = outputs_and_grads(routing(3, 4, soft=soft, backend=backend), (q, k, v))
     assert (d_query.abs().max() > 1e-3) == soft
 
 
@@ -275,7 +258,7 @@ def test_no_gradient_through_a_hard_choice(backend, soft):
 @pytest.mark.parametrize("region_size", [2, 5])
 def test_empty_batch(region_size, soft, backend):
     qkv = make((0, 5, 5, 2, 4))
-    out, *grads = outputs_and_grads(qkv, region_size, 1, soft=soft, backend=backend)
+    out, *grads = outputs_and_grads(routing(region_size, 1, soft=soft, backend=backend), qkv)
     assert out.shape == (0, 5, 5, 2, 4)
     assert [g.shape for g in grads] == [x.shape for x in qkv]
 
@@ -301,7 +284,7 @@ def test_a_value_that_no_region_chose_does_not_leak(backend, bad):
 @pytest.mark.parametrize("scale", [1e4, -1e4, 0.0])
 def test_extreme_logits(scale, soft):
     qkv = make((1, 9, 9, 1, 4), dtype=torch.float32)
-    for x in outputs_and_grads(qkv, 3, 4, scale=scale, soft=soft, backend="tiled"):
+    for x in outputs_and_grads(routing(3, 4, scale=scale, soft=soft, backend="tiled"), qkv):
         assert x.isfinite().all()
     out = routing_attention_2d(*qkv, 3, 4, scale=scale, soft=soft)
     expected = routing_attention_2d(*(x.double() for x in qkv), 3, 4, scale=scale, soft=soft, backend="reference")
@@ -311,7 +294,7 @@ def test_extreme_logits(scale, soft):
 @pytest.mark.parametrize("soft", [False, True])
 def test_bitwise_repeatable(soft):
     qkv = make((2, 20, 20, 3, 8), dtype=torch.float32)
-    first, second = (outputs_and_grads(qkv, 3, 5, soft=soft, backend="tiled") for _ in range(2))
+    first, second = (outputs_and_grads(routing(3, 5, soft=soft, backend="tiled"), qkv) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
