@@ -89,7 +89,7 @@ def test_variant(name):
     assert rates == pytest.approx([drop_path * i / (len(rates) - 1) for i in range(len(rates))], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
 def test_the_number_of_regions_is_free(name):
     seven, eight = (timm.create_model(name, device="meta", n_win=n).state_dict() for n in (7, 8))
     assert {key: value.shape for key, value in seven.items()} == {key: value.shape for key, value in eight.items()}
@@ -246,7 +246,7 @@ def test_the_dead_links(name):
     assert list(get_arch_pretrained_cfgs(name)) == [f"{name}.in1k"]
     assert not cfg.has_weights
     with pytest.raises(RuntimeError, match=rf"no weights to load for {name}: .*{name}_in1k\.pth is dead") as error:
-        timm.create_model(name, pretrained=True)
+        small(name, pretrained=True)
     error.match(r"pretrained_cfg_overlay=dict\(file=PATH\), or checkpoint_path=PATH")
 
 
