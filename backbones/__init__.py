@@ -3,3 +3,6 @@
 from zoo.backbones import agent_cswin, agent_deit, agent_pvt, agent_swin, dinat_s, gc_vit, nat, nat_isotropic
 
 __all__ = ["agent_cswin", "agent_deit", "agent_pvt", "agent_swin", "dinat_s", "gc_vit", "nat", "nat_isotropic"]
+from zoo.backbones import biformer
+
+__all__ = ["biformer", "dinat_s", "nat", "nat_isotropic"]

@@ -13,6 +13,7 @@ from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 from timm.models._builder import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["AdaptedLoading", "CheckedLoading", "build_model", "checkpoint_filter_fn"]
 
@@ -58,6 +59,7 @@ class CheckedLoading:
         for name, module in self.named_modules():
             if hasattr(module, "adapt_state_dict"):
                 module.adapt_state_dict(adapted, f"{name}." if name else "")
+        _add_counters(self, adapted)
         problems = _mismatches(self, adapted, strict)
         if problems:
             raise RuntimeError("\n  ".join([f"weights do not fit {type(self).__name__}, nothing loaded:", *problems]))
@@ -73,6 +75,14 @@ class AdaptedLoading:
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.adapt_state_dict(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _add_counters(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Add the batch counters of norms to files without them, as torch does to those of its first versions."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, _BatchNorm) and f"{prefix}running_mean" in state_dict:
+            state_dict.setdefault(f"{prefix}num_batches_tracked", torch.tensor(0))
 
 
 def _mismatches(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> list[str]:
@@ -165,7 +175,8 @@ def build_model(
 
     Raises:
         FileNotFoundError: The file of the weights does not exist.
-        RuntimeError: The weights could not be fetched, are truncated, hold more than tensors, or do not fit.
+        RuntimeError: There are no weights, for which `notes` of the configuration may have a reason; or they could not
+            be fetched, are truncated, hold more than tensors, or do not fit.
     """
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     source = cfg.file or cfg.hf_hub_id or cfg.url
@@ -198,6 +209,10 @@ def build_model(
             **kwargs,
         )
     except _UNREADABLE as error:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        source = cfg.file or cfg.hf_hub_id or cfg.url
+        if pretrained and built and cfg.notes and not (source or cfg.state_dict):
+            raise RuntimeError(f"no weights to load for {variant}: {'; '.join(cfg.notes)}") from error
         if not (pretrained and source and built):  # an error of the constructor
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else RuntimeError

@@ -3,6 +3,7 @@
 from zoo.kernels.agent import agent_attention, pool_agents
 from zoo.kernels.circular import circular_attention_2d
 from zoo.kernels.neighborhood import explain_backend, neighborhood_attention_2d
+from zoo.kernels.routing import routing_attention_2d
 from zoo.kernels.window import window_attention_2d
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "explain_backend",
     "neighborhood_attention_2d",
     "pool_agents",
+    "routing_attention_2d",
     "window_attention_2d",
 ]

@@ -11,6 +11,7 @@ import zoo  # noqa: F401  (registers the models)
 from zoo.backbones._agent import AgentBlock
 from zoo.backbones.agent_cswin import CSwinBlock
 from zoo.backbones.gc_vit import GlobalContextBlock
+from zoo.backbones.biformer import BiFormerBlock
 from zoo.backbones.nat import NeighborhoodBlock
 
 
@@ -112,6 +113,15 @@ FAMILIES = {
         no_decay=("*.attn.relative_position_bias_table",),
         drawn=(".relative_position_bias_table", ".gamma1", ".gamma2"),
         license="cc-by-nc-sa-4.0",
+    "biformer": Family(
+        6,
+        ("biformer_tiny", "biformer_stl", "biformer_stl_nchw"),
+        # Large regions, whose choice does not hang on the rounding of a few numbers.
+        size=dict(_STAGES["size"], n_win=2),
+        short=_STAGES["short"],
+        block=BiFormerBlock,
+        output_fmt="NCHW",
+        sizes=((96, 160), (32, 64)),  # the authors' STL models leave out what is no whole patch
     ),
 }
 
