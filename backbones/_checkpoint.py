@@ -3,7 +3,7 @@
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,13 +114,23 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return dict(state_dict)
 
 
-def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def build_model(
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    out_indices: int | Sequence[int] = (0, 1, 2, 3),
+    pretrained_filter_fn: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]] = checkpoint_filter_fn,
+    **kwargs,
+) -> nn.Module:
     """`timm.models.build_model_with_cfg`, with errors about weights that name where the weights came from.
 
     Args:
         model_cls: Class to build.
         variant: Name of the model, without a tag.
         pretrained: Whether to load weights.
+        out_indices: Maps that `features_only` returns: the last n, or these.
+        pretrained_filter_fn: Turns a file's content into a state dict of the model, without changing it. What a file
+            given as `checkpoint_path` needs too belongs into `adapt_state_dict` of the model (`CheckedLoading`).
         **kwargs: See `timm.models.build_model_with_cfg`.
 
     Raises:
@@ -134,7 +144,14 @@ def build_model(model_cls: type[nn.Module], variant: str, pretrained: bool, **kw
         return built[-1]
 
     try:
-        return build_model_with_cfg(construct, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+        return build_model_with_cfg(
+            construct,
+            variant,
+            pretrained,
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            pretrained_filter_fn=pretrained_filter_fn,
+            **kwargs,
+        )
     except _UNREADABLE as error:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         source = cfg.file or cfg.hf_hub_id or cfg.url

@@ -11,8 +11,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor
 
+from zoo.backbones._backbone import PaddedPatchEmbed
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
-from zoo.backbones.nat import CFG_384, DILATIONS_224, DILATIONS_384, DINAT_PAPER, Nat, PaddedPatchEmbed, _cfg
+from zoo.backbones.nat import CFG_384, DILATIONS_224, DILATIONS_384, DINAT_PAPER, Nat, _cfg
 
 __all__ = ["DinatS"]
 
@@ -55,10 +56,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_dinat_s(variant: str, pretrained: bool = False, **kwargs) -> DinatS:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model(
-        DinatS, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs
-    )
+    return build_model(DinatS, variant, pretrained, **kwargs)
 
 
 _COMMON = dict(mlp_ratio=4.0, dilations=DILATIONS_224)

@@ -20,29 +20,20 @@ from timm.layers import (
     DropPath,
     LayerType,
     Mlp,
-    PatchEmbed,
     calculate_drop_path_rates,
-    create_classifier,
     get_act_layer,
-    get_device_dtype,
     get_norm_layer,
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import (
-    checkpoint,
-    generate_default_cfgs,
-    named_apply,
-    register_model,
-    register_notrace_module,
-)
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._checkpoint import CheckedLoading, build_model, checkpoint_filter_fn  # noqa: F401
+from zoo.backbones._backbone import Backbone, CheckpointedBlock, Stage, Stages
+from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import neighborhood_attention_2d
 
-__all__ = ["Nat", "NeighborhoodAttention", "NeighborhoodBackbone", "NeighborhoodBlock"]
+__all__ = ["Nat", "NeighborhoodAttention", "NeighborhoodBlock"]
 
 _logger = logging.getLogger(__name__)
 
@@ -145,7 +136,7 @@ class NeighborhoodAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class NeighborhoodBlock(nn.Module):
+class NeighborhoodBlock(CheckpointedBlock):
     """Pre-norm transformer block of neighborhood attention and an MLP, each with optional layer scale."""
 
     def __init__(
@@ -179,7 +170,6 @@ class NeighborhoodBlock(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.init_values = init_values
-        self.grad_checkpointing = False
 
         self.norm1 = norm_layer(dim, **dd)
         self.attn = NeighborhoodAttention(dim, num_heads, kernel_size, dilation, proj_drop=proj_drop, **dd)
@@ -198,13 +188,6 @@ class NeighborhoodBlock(nn.Module):
         if self.gamma1 is not None and self.gamma2 is not None:
             nn.init.constant_(self.gamma1, self.init_values)
             nn.init.constant_(self.gamma2, self.init_values)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, height, width, dim] -> [batch, height, width, dim]"""
-        # Here, not in the loops over blocks, so that every loop and every hook on one sees the same modules called.
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self._forward, x)
-        return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         y = self.attn(self.norm1(x))
@@ -242,10 +225,6 @@ class ConvEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-# timm's patches as a map of [batch, height, width, channels], of an image of any size padded to whole patches
-PaddedPatchEmbed = partial(PatchEmbed, img_size=None, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
-
-
 class ConvDownsample(nn.Module):
     """Halve a map and double its width: a 3x3 convolution of stride 2, and a norm."""
 
@@ -260,232 +239,12 @@ class ConvDownsample(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class NeighborhoodStage(nn.Module):
-    """Blocks at one resolution, and the downsampler to the next."""
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.downsample = nn.Identity() if downsample is None else downsample
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            x: [batch, height, width, dim].
-
-        Returns:
-            The stage's map, [batch, height, width, dim], and the input of the next stage.
-        """
-        x = self.blocks(x)
-        return x, self.downsample(x)
-
-
-class NeighborhoodStages(nn.ModuleList):
-    """`NeighborhoodStage`s in a row."""
-
-    def forward(self, x: Tensor, take_indices: list[int], max_index: int) -> tuple[Tensor, list[Tensor]]:
-        """
-        Args:
-            x: Input of the first stage.
-            take_indices: Stages whose maps to collect.
-            max_index: Last stage to run.
-
-        Returns:
-            The map of stage `max_index`, and those of `take_indices` in ascending order.
-        """
-        taken: list[Tensor] = []
-        out = x
-        for i, stage in enumerate(self):
-            if i <= max_index:  # TorchScript has no slices of modules
-                out, x = stage(x)
-                if i in take_indices:
-                    taken.append(out)
-        return out, taken
-
-
-class NeighborhoodBackbone(CheckedLoading, nn.Module):
-    """What models of neighborhood attention share: timm's interface around a patch embedding, a trunk and a head.
-
-    A subclass sets `patch_embed`, the trunk under the name that its published weights have, and `feature_info`, then
-    calls `_init_head`. Maps are channels last between the patch embedding and the head.
-    """
-
-    trunk_name: str
-
-    def _forward_trunk(self, x: Tensor, take_indices: list[int], max_index: int) -> tuple[Tensor, list[Tensor]]:
-        """The trunk's last map and those of `take_indices`, without the final norm. Stops after `max_index`."""
-        raise NotImplementedError
-
-    def _init_head(
-        self,
-        num_features: int,
-        in_chans: int,
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
-        norm_layer: Callable[..., nn.Module],
-        device=None,
-        dtype=None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.num_features = num_features
-        self.depth = len(self._trunk())
-        self.output_fmt = "NHWC"
-        self.grad_checkpointing = False
-
-        self.norm = norm_layer(num_features, **dd)
-        self.global_pool, self.head_drop, self.head = create_classifier(
-            num_features, num_classes, global_pool, input_fmt=self.output_fmt, drop_rate=drop_rate, **dd
-        )
-        self.head_hidden_size = num_features * self.global_pool.feat_mult()
-        self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def _trunk(self) -> nn.ModuleList:
-        return getattr(self, self.trunk_name)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise the weights; `needs_reset` also those of modules that do so at construction."""
-        named_apply(partial(_init_weights, needs_reset=needs_reset), self)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The bias tables, as for timm's Swin. The authors list them too, though their trainer most likely did not."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-        for module in self.modules():
-            if isinstance(module, NeighborhoodBlock):
-                module.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the pooling unless `global_pool` is None.
-
-        Args:
-            num_classes: Number of classes, 0 for no classifier.
-            global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none.
-        """
-        self.num_classes = num_classes
-        self.global_pool, self.head = create_classifier(
-            self.num_features,
-            num_classes,
-            self.global_pool.pool_type if global_pool is None else global_pool,
-            input_fmt=self.output_fmt,
-            **get_device_dtype(self),
-        )
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The final map and those on the way to it.
-
-        Args:
-            x: [batch, in_chans, height, width].
-            indices: Maps to take: the last n, these, or all if None.
-            norm: Apply the final norm to every map of its width.
-            stop_early: Stop after the last map taken. The final norm is then left out where it does not fit.
-            output_fmt: Layout of the maps on the way, "NCHW" or "NHWC"; the final map is NHWC.
-            intermediates_only: Return only the maps on the way.
-
-        Raises:
-            ValueError: `output_fmt` is unknown.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt}")  # TorchScript knows no !r
-        take_indices, max_index = feature_take_indices(self.depth, indices)
-        x = self.patch_embed(x)
-        x, taken = self._forward_trunk(x, take_indices, max_index if stop_early else self.depth - 1)
-
-        intermediates: list[Tensor] = []
-        for y in taken:
-            if norm and y.shape[-1] == self.num_features:
-                y = self.norm(y)
-            intermediates.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
-        if intermediates_only:
-            return intermediates
-        if x.shape[-1] == self.num_features:
-            x = self.norm(x)
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Remove the layers after the last of `indices`.
-
-        Args:
-            indices: Maps to keep: the last n, or these.
-            prune_norm: Remove the final norm.
-            prune_head: Remove the classifier and the pooling.
-
-        Returns:
-            The maps kept, as indices from the first.
-        """
-        take_indices, max_index = feature_take_indices(self.depth, indices)
-        trunk = self._trunk()
-        del trunk[max_index + 1 :]
-        self.depth = len(trunk)
-        if isinstance(trunk, NeighborhoodStages):
-            trunk[-1].downsample = nn.Identity()
-        num_chs = self.feature_info[max_index]["num_chs"]
-        narrower = num_chs != self.num_features  # norm and head are made for the width of the last stage
-        if narrower:
-            self.num_features = num_chs
-        if prune_norm or narrower:
-            self.norm = nn.Identity()
-        if prune_head or narrower:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[batch, in_chans, height, width] -> [batch, map height, map width, num_features]"""
-        take_indices: list[int] = []
-        x, _ = self._forward_trunk(self.patch_embed(x), take_indices, self.depth - 1)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Output of `forward_features` -> [batch, num_classes], or [batch, head_hidden_size] if `pre_logits`"""
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, in_chans, height, width], any height and width -> [batch, num_classes]"""
-        return self.forward_head(self.forward_features(x))
-
-
-def _init_weights(module: nn.Module, name: str = "", needs_reset: bool = True) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif needs_reset and hasattr(module, "reset_parameters"):
-        module.reset_parameters()
-
-
-class Nat(NeighborhoodBackbone):
+class Nat(Backbone):
     """NAT (https://arxiv.org/abs/2204.07143) and DiNAT (https://arxiv.org/abs/2209.15001), for any input size."""
 
     trunk_name = "levels"
+    # As for timm's Swin. The authors list the bias tables too, though their trainer most likely decayed them.
+    no_decay_suffixes = (".rpb",)
 
     def __init__(
         self,
@@ -547,7 +306,7 @@ class Nat(NeighborhoodBackbone):
         drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
         self.patch_embed = embed_layer(in_chans=in_chans, embed_dim=embed_dim, norm_layer=norm_layer, **dd)
-        stages = NeighborhoodStages()
+        stages = Stages()
         for i, dim in enumerate(dims):
             blocks = [
                 NeighborhoodBlock(
@@ -566,9 +325,7 @@ class Nat(NeighborhoodBackbone):
                 for dilation, drop_path in zip(cycle(dilations[i]), drop_paths[i], strict=False)
             ]
             last = i == num_stages - 1
-            stages.append(
-                NeighborhoodStage(blocks, None if last else downsample_layer(dim, norm_layer=norm_layer, **dd))
-            )
+            stages.append(Stage(blocks, None if last else downsample_layer(dim, norm_layer=norm_layer, **dd)))
         setattr(self, self.trunk_name, stages)
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2**i, module=f"{self.trunk_name}.{i}.blocks") for i, dim in enumerate(dims)
@@ -644,10 +401,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_nat(variant: str, pretrained: bool = False, **kwargs) -> Nat:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model(
-        Nat, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs
-    )
+    return build_model(Nat, variant, pretrained, **kwargs)
 
 
 # The dilated window of every second block spans the whole map at the nominal size: 7 * 8 = 56 = 224 / 4, and so on.

@@ -14,13 +14,14 @@ from timm.layers import LayerType, calculate_drop_path_rates, get_act_layer, get
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.backbones._backbone import Backbone, Blocks, PaddedPatchEmbed
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
-from zoo.backbones.nat import DINAT_PAPER, NeighborhoodBackbone, NeighborhoodBlock, PaddedPatchEmbed, _cfg
+from zoo.backbones.nat import DINAT_PAPER, NeighborhoodBlock, _cfg
 
 __all__ = ["NatIsotropic"]
 
 
-class NatIsotropic(NeighborhoodBackbone):
+class NatIsotropic(Backbone):
     """Isotropic NAT, DiNAT and ViT-RPB (https://arxiv.org/abs/2209.15001), for any input size.
 
     ViT-RPB is neighborhood attention whose window is the 14x14 map of a 224x224 image. On larger maps its window stays
@@ -28,6 +29,7 @@ class NatIsotropic(NeighborhoodBackbone):
     """
 
     trunk_name = "layers"
+    no_decay_suffixes = (".rpb",)
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class NatIsotropic(NeighborhoodBackbone):
         self.patch_embed = PaddedPatchEmbed(
             patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, norm_layer=norm_layer, **dd
         )
-        self.layers = nn.ModuleList(
+        self.layers = Blocks(
             NeighborhoodBlock(
                 embed_dim,
                 num_heads=num_heads,
@@ -99,13 +101,7 @@ class NatIsotropic(NeighborhoodBackbone):
         self._init_head(embed_dim, in_chans, num_classes, global_pool, drop_rate, norm_layer, **dd)
 
     def _forward_trunk(self, x: Tensor, take_indices: list[int], max_index: int) -> tuple[Tensor, list[Tensor]]:
-        taken: list[Tensor] = []
-        for i, block in enumerate(self.layers):
-            if i <= max_index:
-                x = block(x)
-                if i in take_indices:
-                    taken.append(x)
-        return x, taken
+        return self.layers(x, take_indices, max_index)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -129,11 +125,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_nat_isotropic(variant: str, pretrained: bool = False, **kwargs) -> NatIsotropic:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model(
-        NatIsotropic, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs
-    )
+def _create_nat_isotropic(variant: str, pretrained: bool = False, out_indices=3, **kwargs) -> NatIsotropic:
+    return build_model(NatIsotropic, variant, pretrained, out_indices=out_indices, **kwargs)
 
 
 _SMALL = dict(embed_dim=384, num_heads=12, drop_path_rate=0.1)

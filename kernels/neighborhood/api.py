@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels._checks import check_backend, check_bias, check_maps, pair, positive_pair, resolve_scale
 from zoo.kernels.neighborhood import dense, natten, ops, reference
 
 BACKENDS = ("auto", "reference", "tiled", "triton", "natten")
@@ -69,25 +70,21 @@ def neighborhood_attention_2d(
         ValueError: An argument has the wrong shape, device or range, or `backend` does not support the call.
         ImportError: `backend` is not installed.
     """
-    _check_tensors(query, key, value, extra_key, extra_value)
+    check_maps(query, key, value, extra_key, extra_value)
     height, width = query.shape[1:3]
-    kernel_size = _pair("kernel_size", kernel_size, int)
-    dilation = _pair("dilation", dilation, int)
-    stride = _pair("stride", stride, int)
-    is_causal = _pair("is_causal", is_causal, bool)
+    kernel_size = positive_pair("kernel_size", kernel_size)
+    dilation = positive_pair("dilation", dilation)
+    stride = positive_pair("stride", stride)
+    is_causal = pair("is_causal", is_causal, bool)
     _check_geometry((height, width), kernel_size, dilation, stride)
     if rel_pos_bias is not None:
-        _check_bias(rel_pos_bias, query, kernel_size)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        shape = query.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
+        check_bias("rel_pos_bias", rel_pos_bias, query, shape, "[heads, 2 * kernel_size - 1 per axis]")
+    scale = resolve_scale(scale, query)
+    check_backend(backend, BACKENDS)
 
     tensors, geometry = (query, key, value), (kernel_size, dilation, stride, is_causal)
-    options = rel_pos_bias, extra_key, extra_value, float(scale)
+    options = rel_pos_bias, extra_key, extra_value, scale
     if backend in ("reference", "natten"):
         module = reference if backend == "reference" else natten
         out, lse = module.neighborhood_attention_2d(*tensors, *geometry, *options)
@@ -106,62 +103,7 @@ def neighborhood_attention_2d(
     return (out, lse) if return_lse else out
 
 
-def _check_tensors(query, key, value, extra_key, extra_value) -> None:
-    if (extra_key is None) != (extra_value is None):
-        missing = "extra_key" if extra_key is None else "extra_value"
-        raise ValueError(f"extra_key and extra_value go together, but {missing} is None")
-    named = {"query": query, "key": key, "value": value}
-    if extra_key is not None:
-        named |= {"extra_key": extra_key, "extra_value": extra_value}
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if query.dim() != 5:
-        raise ValueError(f"query must be [batch, height, width, heads, head_dim], got shape {tuple(query.shape)}")
-    if not query.dtype.is_floating_point:
-        raise TypeError(f"query must be of a floating dtype, got {query.dtype}")
-    batch, _, _, heads, dim = query.shape
-    for name, x in named.items():
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}")
-    for name in ("key", "value"):
-        if named[name].shape != query.shape:
-            raise ValueError(
-                f"{name} must have the shape of query, {tuple(query.shape)}, got {tuple(named[name].shape)}"
-            )
-    if extra_key is not None:
-        for name in ("extra_key", "extra_value"):
-            shape = tuple(named[name].shape)
-            if len(shape) != 4 or (shape[0], *shape[2:]) != (batch, heads, dim):
-                raise ValueError(
-                    f"{name} must be [{batch}, tokens, {heads}, {dim}] to go with query, got shape {shape}"
-                )
-        if extra_key.shape != extra_value.shape:
-            raise ValueError(
-                f"extra_value must have the shape of extra_key, {tuple(extra_key.shape)}, "
-                f"got {tuple(extra_value.shape)}"
-            )
-
-
-def _pair(name: str, value, kind: type) -> tuple:
-    """One value for both axes, or two, as a tuple."""
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value, value
-    if (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(isinstance(x, kind) and (kind is bool or not isinstance(x, bool)) for x in value)
-    ):
-        return tuple(value)
-    raise TypeError(f"{name} must be one {kind.__name__} or a (height, width) pair of them, got {value!r}")
-
-
 def _check_geometry(size, kernel_size, dilation, stride) -> None:
-    for name, values in (("kernel_size", kernel_size), ("dilation", dilation), ("stride", stride)):
-        if min(values) < 1:
-            raise ValueError(f"{name} must be at least 1 on both axes, got {values}")
     for axis, length, k, d, s in zip(("height", "width"), size, kernel_size, dilation, stride, strict=True):
         if k * d > length:
             raise ValueError(
@@ -170,17 +112,3 @@ def _check_geometry(size, kernel_size, dilation, stride) -> None:
             )
         if s > k:
             raise ValueError(f"stride may not exceed kernel_size: along the {axis} {s} > {k}")
-
-
-def _check_bias(rel_pos_bias, query: Tensor, kernel_size: tuple[int, int]) -> None:
-    if not isinstance(rel_pos_bias, Tensor):
-        raise TypeError(f"rel_pos_bias must be a torch.Tensor or None, got {type(rel_pos_bias).__name__}")
-    if not rel_pos_bias.dtype.is_floating_point:
-        raise TypeError(f"rel_pos_bias must be of a floating dtype, got {rel_pos_bias.dtype}")
-    if rel_pos_bias.device != query.device:
-        raise ValueError(f"rel_pos_bias must be on the device of query, {query.device}, got {rel_pos_bias.device}")
-    shape = query.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
-    if tuple(rel_pos_bias.shape) != shape:
-        raise ValueError(
-            f"rel_pos_bias must be [heads, 2 * kernel_size - 1 per axis] = {shape}, got {tuple(rel_pos_bias.shape)}"
-        )
