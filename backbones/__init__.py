@@ -1,5 +1,5 @@
 """Backbones registered with timm, one family per file."""
 
-from zoo.backbones import dinat_s, nat, nat_isotropic
+from zoo.backbones import dinat_s, halonet, nat, nat_isotropic
 
-__all__ = ["dinat_s", "nat", "nat_isotropic"]
+__all__ = ["dinat_s", "halonet", "nat", "nat_isotropic"]

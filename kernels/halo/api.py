@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels._checks import check_backend, check_bias, check_tensors, resolve_scale
 from zoo.kernels.halo import ops, reference
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
@@ -63,14 +64,10 @@ def halo_attention_2d(
     _check_geometry(block_size, halo_size, stride)
     _check_tensors(query, key, value, block_size, stride)
     _check_tables(rel_height, rel_width, query, block_size + 2 * halo_size)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    scale = resolve_scale(scale, query)
+    check_backend(backend, BACKENDS)
 
-    arguments = query, key, value, rel_height, rel_width, block_size, halo_size, stride, float(scale)
+    arguments = query, key, value, rel_height, rel_width, block_size, halo_size, stride, scale
     if backend == "reference":
         return reference.halo_attention_2d(*arguments)
     if backend == "triton" and (obstacle := ops.why_not_triton(query, value)) is not None:
@@ -90,18 +87,10 @@ def _check_geometry(block_size, halo_size, stride) -> None:
 
 def _check_tensors(query, key, value, block_size: int, stride: int) -> None:
     named = {"query": query, "key": key, "value": value}
+    check_tensors(**named)
     for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 5:
             raise ValueError(f"{name} must be [batch, height, width, heads, dim], got shape {tuple(x.shape)}")
-    if not query.dtype.is_floating_point:
-        raise TypeError(f"query must be of a floating dtype, got {query.dtype}")
-    for name, x in named.items():
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}")
     batch, height, width, heads, dim = key.shape
     if height % block_size or width % block_size:
         raise ValueError(
@@ -122,17 +111,7 @@ def _check_tables(rel_height, rel_width, query: Tensor, win: int) -> None:
     if (rel_height is None) != (rel_width is None):
         missing = "rel_height" if rel_height is None else "rel_width"
         raise ValueError(f"rel_height and rel_width go together, but {missing} is None")
-    if rel_height is None:
-        return
-    shape = 2 * win - 1, query.shape[-1]
-    for name, table in (("rel_height", rel_height), ("rel_width", rel_width)):
-        if not isinstance(table, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(table).__name__}")
-        if not table.dtype.is_floating_point:
-            raise TypeError(f"{name} must be of a floating dtype, got {table.dtype}")
-        if table.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {table.device}")
-        if tuple(table.shape) != shape:
-            raise ValueError(
-                f"{name} must be [2 * (block_size + 2 * halo_size) - 1, qk_dim] = {shape}, got {tuple(table.shape)}"
-            )
+    if rel_height is not None:
+        shape = 2 * win - 1, query.shape[-1]
+        for name, table in (("rel_height", rel_height), ("rel_width", rel_width)):
+            check_bias(name, table, query, shape, "[2 * (block_size + 2 * halo_size) - 1, qk_dim]")
