@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels._checks import check_backend, check_bias, check_tensors, resolve_scale
+from zoo.kernels._checks import check_backend, check_bias, check_map, check_tensors, resolve_scale
 from zoo.kernels.halo import ops, reference
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
@@ -86,11 +86,9 @@ def _check_geometry(block_size, halo_size, stride) -> None:
 
 
 def _check_tensors(query, key, value, block_size: int, stride: int) -> None:
-    named = {"query": query, "key": key, "value": value}
-    check_tensors(**named)
-    for name, x in named.items():
-        if x.dim() != 5:
-            raise ValueError(f"{name} must be [batch, height, width, heads, dim], got shape {tuple(x.shape)}")
+    check_tensors(query=query, key=key, value=value)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_map(name, x)
     batch, height, width, heads, dim = key.shape
     if height % block_size or width % block_size:
         raise ValueError(

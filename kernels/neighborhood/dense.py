@@ -45,7 +45,7 @@ def neighborhood_attention_2d(
     q, k, v = classes(query), classes(key), classes(value)
     bias = None
     if rel_pos_bias is not None:
-        bias = dense_bias(rel_pos_bias.to(query.dtype), rows, cols)
+        bias = dense_bias(rel_pos_bias, rows, cols, query.dtype)
     if extra_key is not None:
         k, v = torch.cat([k, repeated(extra_key)], dim=2), torch.cat([v, repeated(extra_value)], dim=2)
         if bias is not None:
@@ -55,12 +55,9 @@ def neighborhood_attention_2d(
     return out.reshape(query.shape)
 
 
-def dense_bias(rel_pos_bias: Tensor, rows: int, cols: int) -> Tensor:
-    """Bias table [heads, 2 * rows - 1, 2 * cols - 1] -> [heads, rows * cols, rows * cols], query by key."""
-
-    def offsets(n: int) -> Tensor:
-        i = torch.arange(n, device=rel_pos_bias.device)
-        return i[None, :] - i[:, None] + n - 1
-
-    index = offsets(rows)[:, None, :, None] * (2 * cols - 1) + offsets(cols)[None, :, None, :]
-    return rel_pos_bias.flatten(1).index_select(1, index.flatten()).view(-1, rows * cols, rows * cols)
+def dense_bias(rel_pos_bias: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """Bias table [heads, 2 * rows - 1, 2 * cols - 1] -> [heads, rows * cols, rows * cols], query by key, of `dtype`."""
+    table = rel_pos_bias.to(torch.promote_types(dtype, torch.float32))  # in which its gradient is summed
+    # A query's biases are a window of the table; the first query has the last window.
+    bias = table.unfold(1, rows, 1).unfold(2, cols, 1).flip((1, 2))
+    return bias.reshape(-1, rows * cols, rows * cols).to(dtype)

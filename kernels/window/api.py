@@ -1,0 +1,107 @@
+"""The public function: checks its arguments and picks a backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.kernels._checks import (
+    check_backend,
+    check_bias,
+    check_map,
+    check_tensors,
+    pair,
+    positive_pair,
+    resolve_scale,
+)
+from zoo.kernels.window import reference, tiled
+
+BACKENDS = ("auto", "reference", "tiled")
+
+
+def window_attention_2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    *,
+    rel_pos_bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention within the windows of a grid laid over a 2-D map.
+
+    The grid starts at the token `shift`. Windows are `window_size` tokens high and wide; those at the borders are cut
+    there if the grid is shifted. With `j` running over the tokens of the window of token `i`,
+
+        out[i] = sum_j softmax_j(scale * query[i] . key[j] + rel_pos_bias[i, j]) * value[j]
+
+    where the bias of key `(y', x')` for query `(y, x)` is `rel_pos_bias[head, y' - y + window_size[0] - 1,
+    x' - x + window_size[1] - 1]`. A query of the size of one window is that of every window of its image.
+
+    Papers: Swin (arXiv:2103.14030), queries shared by all windows: GC ViT (arXiv:2206.09959).
+
+    Args:
+        query: [batch, height, width, heads, head_dim], or [batch, *window_size, heads, head_dim] for one query shared
+            by all windows of an image; float16, bfloat16, float32 or float64, any strides.
+        key: [batch, height, width, heads, head_dim], dtype and device of `query`. Height and width are multiples of
+            `window_size`.
+        value: [batch, height, width, heads, value_dim], dtype and device of `query`.
+        window_size: Tokens of a window, per axis (height, width) or one number for both.
+        shift: Tokens by which the grid is moved down and right, less than `window_size`; 0 for a shared query. What
+            Swin obtains with a cyclic shift and a mask.
+        rel_pos_bias: Bias table [heads, 2 * window_size[0] - 1, 2 * window_size[1] - 1], any floating dtype.
+        scale: Factor of the logits, `head_dim ** -0.5` by default.
+        backend: "auto" takes the fastest exact one; "reference" or "tiled" take that one or raise.
+
+    Returns:
+        [batch, height, width, heads, value_dim], dtype of `query`. A key or value that is not finite may reach every
+        query of its window, and with `shift` those at the opposite border. Gradients are of first order;
+        backend="reference" also has higher ones.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: An argument has the wrong shape, device or range, or `backend` is unknown.
+    """
+    check_tensors(query=query, key=key, value=value)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_map(name, x)
+    window_size, shift = positive_pair("window_size", window_size), pair("shift", shift, int)
+    _check_geometry(query, key, value, window_size, shift)
+    if rel_pos_bias is not None:
+        shape = key.shape[3], 2 * window_size[0] - 1, 2 * window_size[1] - 1
+        check_bias("rel_pos_bias", rel_pos_bias, query, shape, "[heads, 2 * window_size - 1 per axis]")
+    scale = resolve_scale(scale, query)
+    check_backend(backend, BACKENDS)
+
+    if torch.compiler.is_exporting() and query.shape != key.shape:
+        # torch 2.11 cannot tell that the layout of a broadcast query suits every batch size.
+        query = query.repeat(1, key.shape[1] // window_size[0], key.shape[2] // window_size[1], 1, 1)
+    # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
+    module = reference if backend == "reference" or key.shape[0] == 0 else tiled
+    return module.window_attention_2d(query, key, value, window_size, shift, rel_pos_bias, scale)
+
+
+def _check_geometry(query: Tensor, key: Tensor, value: Tensor, window_size, shift) -> None:
+    if value.shape[:4] != key.shape[:4]:
+        raise ValueError(
+            f"value must have the shape of key but for head_dim, {tuple(key.shape)}, got {tuple(value.shape)}"
+        )
+    if min(shift) < 0 or shift[0] >= window_size[0] or shift[1] >= window_size[1]:
+        raise ValueError(f"shift must be at least 0 and less than window_size {window_size} on each axis, got {shift}")
+    for axis, length, window in zip(("height", "width"), key.shape[1:3], window_size, strict=True):
+        if length % window:
+            raise ValueError(
+                f"the map must be a multiple of window_size: along the {axis} {length} is none of {window}; "
+                f"pad it to {-(-length // window) * window}"
+            )
+    if query.shape != key.shape:
+        window_shape = (key.shape[0], *window_size, *key.shape[3:])
+        if tuple(query.shape) != window_shape:
+            raise ValueError(
+                f"query must have the shape of key, {tuple(key.shape)}, or of one window, {window_shape}, "
+                f"got {tuple(query.shape)}"
+            )
+        if max(shift) > 0:
+            raise ValueError(f"shift must be 0 where all windows share a query, got {shift}")
