@@ -111,6 +111,7 @@ def test_pretrained_cfg(name):
     assert cfg.url == f"https://shi-labs.com/projects/{URLS[name]}"
     assert cfg.num_classes == (21841 if name.endswith(".in22k") else 1000)
     assert cfg.input_size == ((3, 384, 384) if "384" in name else (3, 224, 224))
+    assert cfg.crop_pct == (1.0 if "384" in name else 0.875)
     assert list(get_arch_pretrained_cfgs(name.partition(".")[0])) == [name]
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from golden_cases import list_cases, load_case, max_error
+from operators import assert_all_close, assert_error_at_most_twice, assert_matches, outputs_and_grads, random_inputs
 from zoo.kernels import neighborhood_attention_2d
 from zoo.kernels.neighborhood import reference, tiled
 
@@ -59,35 +60,29 @@ def per_query_loop(query, key, value, kernel_size, dilation, stride, is_causal, 
 
 def make(shape, kernel_size, *, bias=True, extra=0, dtype=torch.float64, grad=True, seed=0):
     """Random query, key, value and keyword arguments for a map of `shape` [batch, height, width, heads, head_dim]."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-
     batch, _, _, heads, dim = shape
-    qkv = [randn(*shape) for _ in range(3)]
-    options = {}
+    shapes = {}
     if bias:
-        options["rel_pos_bias"] = randn(heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
+        shapes["rel_pos_bias"] = heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
     if extra:
-        options |= {"extra_key": randn(batch, extra, heads, dim), "extra_value": randn(batch, extra, heads, dim)}
-    return qkv, options
+        shapes |= dict.fromkeys(("extra_key", "extra_value"), (batch, extra, heads, dim))
+    inputs = random_inputs(*[shape] * 3, *shapes.values(), dtype=dtype, grad=grad, seed=seed)
+    return inputs[:3], dict(zip(shapes, inputs[3:], strict=True))
 
 
-def outputs_and_grads(qkv, options, *args, backend):
+def attention(options, *args, backend):
+    """The operator as a function of query, key, value and the tensors of `options`."""
+
+    def call(query, key, value, *tensors):
+        named = dict(zip(options, tensors, strict=True))
+        return neighborhood_attention_2d(query, key, value, *args, **named, backend=backend)
+
+    return call
+
+
+def run(qkv, options, *args, backend):
     """Output of one call and the gradient of every input for one fixed incoming gradient."""
-    inputs = [x.detach().requires_grad_() for x in (*qkv, *options.values())]
-    options = dict(zip(options, inputs[3:], strict=True))
-    out = neighborhood_attention_2d(*inputs[:3], *args, **options, backend=backend)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
-
-
-def assert_all_close(actual, expected, atol):
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(
-            a, e.to(a.dtype), rtol=0, atol=atol * max(1.0, e.abs().max().item() if e.numel() else 0)
-        )
+    return outputs_and_grads(attention(options, *args, backend=backend), [*qkv, *options.values()])
 
 
 # The meaning
@@ -166,8 +161,8 @@ def test_tiled_matches_reference(call, chunk):
     qkv, options = make(shape, args[0], bias=bias, extra=extra)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "CHUNK", chunk)
-        actual = outputs_and_grads(qkv, options, *args, backend="tiled")
-    assert_all_close(actual, outputs_and_grads(qkv, options, *args, backend="reference"), 1e-12)
+        call, exact = (attention(options, *args, backend=backend) for backend in ("tiled", "reference"))
+        assert_matches(call, exact, [*qkv, *options.values()], 1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"extra": 2}, {"extra": 1, "bias": False}], ids=str)
@@ -187,21 +182,18 @@ def test_gradcheck(args, options):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("args", [(7, 1), (3, 2), (14, 1)])
 def test_low_precision(args, dtype):
-    """Against float64: at most twice the error of the reference evaluated in the dtype itself."""
+    """At most twice the error of the reference evaluated in the dtype itself."""
     kernel_size, dilation = args
     qkv, options = make((2, 14, 14, 2, 32), (kernel_size, kernel_size), dtype=dtype)
-    exact = outputs_and_grads(
-        [x.double() for x in qkv], {k: v.double() for k, v in options.items()}, *args, backend="reference"
-    )
     geometry = (kernel_size, kernel_size), (dilation, dilation), (1, 1), (False, False)
-    out, _ = reference.neighborhood_attention_2d(
-        *qkv, *geometry, options["rel_pos_bias"], None, None, 32**-0.5, dtype=dtype
-    )
-    weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
-    plain = [out, *torch.autograd.grad(out, (*qkv, *options.values()), weight)]
-    for a, p, e in zip(outputs_and_grads(qkv, options, *args, backend="tiled"), plain, exact, strict=True):
-        assert a.dtype == dtype
-        assert (a.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + 1e-6
+
+    def plain(query, key, value, bias):
+        return reference.neighborhood_attention_2d(
+            query, key, value, *geometry, bias, None, None, 32**-0.5, dtype=dtype
+        )[0]
+
+    call, exact = (attention(options, *args, backend=backend) for backend in ("tiled", "reference"))
+    assert_error_at_most_twice(call, plain, exact, [*qkv, *options.values()])
 
 
 def test_bias_keeps_its_dtype():
@@ -262,7 +254,7 @@ def test_dense_and_tiled_code_agree():
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_empty_batch(kernel_size, backend):
     qkv, options = make((0, 5, 5, 2, 4), (kernel_size, kernel_size), extra=2)
-    out, *grads = outputs_and_grads(qkv, options, kernel_size, backend=backend)
+    out, *grads = run(qkv, options, kernel_size, backend=backend)
     assert out.shape == (0, 5, 5, 2, 4)
     assert [g.shape for g in grads] == [x.shape for x in (*qkv, *options.values())]
     assert not grads[3].any()
@@ -351,7 +343,7 @@ def test_what_a_query_does_not_see_does_not_leak(backend, bad, what):
 @pytest.mark.parametrize("scale", [1e4, -1e4, 0.0])
 def test_extreme_logits(scale):
     qkv, options = make((1, 9, 9, 1, 4), (5, 5), dtype=torch.float32)
-    for x in outputs_and_grads(qkv, options, 5, backend="tiled"):
+    for x in run(qkv, options, 5, backend="tiled"):
         assert x.isfinite().all()
     out = neighborhood_attention_2d(*qkv, 5, scale=scale)
     expected = neighborhood_attention_2d(*(x.double() for x in qkv), 5, scale=scale, backend="reference")
@@ -360,10 +352,8 @@ def test_extreme_logits(scale):
 
 def test_bitwise_repeatable():
     qkv, options = make((2, 20, 20, 3, 8), (7, 7), extra=3, dtype=torch.float32)
-    first = outputs_and_grads(qkv, options, 7, backend="tiled")
-    assert all(
-        torch.equal(a, b) for a, b in zip(first, outputs_and_grads(qkv, options, 7, backend="tiled"), strict=True)
-    )
+    first = run(qkv, options, 7, backend="tiled")
+    assert all(torch.equal(a, b) for a, b in zip(first, run(qkv, options, 7, backend="tiled"), strict=True))
 
 
 def test_no_tensor_of_tokens_by_tokens():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from operators import random_inputs
 from zoo.kernels import neighborhood_attention_2d
 from zoo.kernels.neighborhood import reference, triton
 from zoo.kernels.neighborhood.triton import tuning
@@ -31,14 +32,10 @@ CASES = {
 def make(case, dtype=torch.float32):
     """Query to extra_value (None where absent), and the geometry."""
     (batch, height, width, heads, dim), kernel_size, dilation, stride, is_causal, bias, extra = case
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-    inputs = [randn(batch, height, width, heads, dim) for _ in range(3)]
-    inputs.append(randn(heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1) if bias else None)
-    inputs += [randn(batch, extra, heads, dim) if extra else None for _ in range(2)]
+    shapes = [(batch, height, width, heads, dim)] * 3
+    shapes.append((heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1) if bias else None)
+    shapes += [(batch, extra, heads, dim) if extra else None] * 2
+    inputs = random_inputs(*shapes, dtype=dtype, device=DEVICE, grad=False)
     return inputs, (kernel_size, dilation, stride, is_causal)
 
 
