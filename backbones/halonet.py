@@ -325,6 +325,8 @@ def _cfg(image_size: int = 256, **kwargs) -> dict:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv1.conv",
         "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": "https://arxiv.org/abs/2103.12731",
         "paper_ids": "arXiv:2103.12731",
         "paper_name": "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
         **kwargs,

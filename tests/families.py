@@ -8,6 +8,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import zoo  # noqa: F401  (registers the models)
+from zoo.backbones.halonet import HaloBlock
 from zoo.backbones.nat import NeighborhoodBlock
 
 
@@ -57,6 +58,16 @@ FAMILIES = {
         short=dict(depth=2),
         reductions=None,
         **_NEIGHBORHOOD,
+    ),
+    "halonet": Family(
+        9,
+        ("halonet_h0_256", "halonet_h6_512"),  # without and with a last convolution
+        size=_STAGES["size"],
+        short=dict(depths=(1, 1), num_heads=(1, 2)),
+        block=HaloBlock,
+        no_decay=("*_rel",),
+        license="apache-2.0",
+        output_fmt="NCHW",
     ),
 }
 

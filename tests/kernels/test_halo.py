@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from golden_cases import load_case, max_error
+from operators import assert_all_close, assert_error_at_most_twice, assert_matches, outputs_and_grads, random_inputs
 from zoo.kernels import halo_attention_2d
 from zoo.kernels.halo import reference, tiled
 
@@ -42,34 +43,21 @@ def per_query_loop(query, key, value, block, halo, stride, rel_height, rel_width
     return out
 
 
-def make(shape, block, halo, stride=1, *, v_dim=None, rel=True, dtype=torch.float64, grad=True, seed=0):
-    """Random query, key, value and keyword arguments for a map of `shape` [batch, height, width, heads, qk_dim]."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-
+def make(shape, block, halo, stride=1, *, v_dim=None, rel=True, dtype=torch.float64, grad=True):
+    """Random inputs for a map of `shape` [batch, height, width, heads, qk_dim]; without `rel` no tables but None."""
     batch, height, width, heads, dim = shape
-    query = randn(batch, height // stride, width // stride, heads, dim)
-    qkv = [query, randn(*shape), randn(*shape[:-1], v_dim or dim)]
-    rows = 2 * (block + 2 * halo) - 1
-    return qkv, {"rel_height": randn(rows, dim), "rel_width": randn(rows, dim)} if rel else {}
+    table = (2 * (block + 2 * halo) - 1, dim) if rel else None
+    query, value = (batch, height // stride, width // stride, heads, dim), (*shape[:-1], v_dim or dim)
+    return random_inputs(query, shape, value, table, table, dtype=dtype, grad=grad)
 
 
-def outputs_and_grads(qkv, options, *args, backend, **kwargs):
-    """Output of one call and the gradient of every input for one fixed incoming gradient."""
-    inputs = [x.detach().requires_grad_() for x in (*qkv, *options.values())]
-    options = dict(zip(options, inputs[3:], strict=True))
-    out = halo_attention_2d(*inputs[:3], *args, **options, **kwargs, backend=backend)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
+def attention(*args, **kwargs):
+    """The operator as a function of its tensors."""
 
+    def call(query, key, value, rel_height, rel_width):
+        return halo_attention_2d(query, key, value, *args, rel_height=rel_height, rel_width=rel_width, **kwargs)
 
-def assert_all_close(actual, expected, atol):
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(
-            a, e.to(a.dtype), rtol=0, atol=atol * max(1.0, e.abs().max().item() if e.numel() else 0)
-        )
+    return call
 
 
 # The meaning
@@ -91,14 +79,12 @@ LOOP_CASES = [
 @pytest.mark.parametrize("case", LOOP_CASES, ids=str)
 def test_matches_per_query_loop(case, backend):
     size, block, halo, stride, v_dim, rel = case
-    qkv, options = make((2, *size, 2, 3), block, halo, stride, v_dim=v_dim, rel=rel)
-    tables = options.get("rel_height"), options.get("rel_width")
-    expected = per_query_loop(*qkv, block, halo, stride, *tables, 0.7)
-    out = halo_attention_2d(*qkv, block, halo, **options, stride=stride, scale=0.7, backend=backend)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    inputs = [*qkv, *options.values()]
-    grads, expected_grads = (torch.autograd.grad(x, inputs, weight) for x in (out, expected))
-    assert_all_close([out, *grads], [expected, *expected_grads], 1e-12)
+    inputs = make((2, *size, 2, 3), block, halo, stride, v_dim=v_dim, rel=rel)
+
+    def loop(query, key, value, rel_height, rel_width):
+        return per_query_loop(query, key, value, block, halo, stride, rel_height, rel_width, 0.7)
+
+    assert_matches(attention(block, halo, stride=stride, scale=0.7, backend=backend), loop, inputs, 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,58 +133,47 @@ def calls(draw):
 @given(calls(), st.sampled_from([2**10, 2**20]))
 def test_tiled_matches_reference(call, chunk):
     shape, args, stride, v_dim, rel = call
-    qkv, options = make(shape, *args, stride, v_dim=v_dim, rel=rel)
+    inputs = make(shape, *args, stride, v_dim=v_dim, rel=rel)
+    call, exact = (attention(*args, stride=stride, backend=backend) for backend in ("tiled", "reference"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "CHUNK", chunk)
-        actual = outputs_and_grads(qkv, options, *args, stride=stride, backend="tiled")
-    expected = outputs_and_grads(qkv, options, *args, stride=stride, backend="reference")
-    assert_all_close(actual, expected, 1e-12)
+        assert_matches(call, exact, inputs, 1e-12)
 
 
 @pytest.mark.parametrize("rel", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradcheck(stride, rel):
-    qkv, options = make((1, 4, 2, 2, 2), 2, 1, stride, v_dim=3, rel=rel)
-
-    def call(*inputs):
-        tables = inputs[3:] or (None, None)
-        return torch.ops.zoo.halo_attention_2d(*inputs[:3], *tables, 2, 1, stride, 0.6)[0]
-
-    assert torch.autograd.gradcheck(call, (*qkv, *options.values()))
+    inputs = make((1, 4, 2, 2, 2), 2, 1, stride, v_dim=3, rel=rel)
+    assert torch.autograd.gradcheck(attention(2, 1, stride=stride, scale=0.6), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_low_precision(stride, dtype):
-    """Against float64: at most twice the error of the reference evaluated in the dtype itself."""
-    qkv, options = make((2, 16, 16, 2, 16), 8, 3, stride, v_dim=24, dtype=dtype)
-    double = [x.double() for x in qkv], {k: v.double() for k, v in options.items()}
-    exact = outputs_and_grads(*double, 8, 3, stride=stride, backend="reference")
-    out = reference.halo_attention_2d(*qkv, *options.values(), 8, 3, stride, 0.25, dtype=dtype)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
-    plain = [out, *torch.autograd.grad(out, (*qkv, *options.values()), weight)]
-    actual = outputs_and_grads(qkv, options, 8, 3, stride=stride, backend="tiled")
-    for a, p, e in zip(actual, plain, exact, strict=True):
-        assert a.dtype == dtype
-        assert (a.double() - e).abs().max() <= 2 * (p.double() - e).abs().max() + 1e-6
+    """At most twice the error of the reference evaluated in the dtype itself."""
+    inputs = make((2, 16, 16, 2, 16), 8, 3, stride, v_dim=24, dtype=dtype)
+
+    def plain(*inputs):
+        return reference.halo_attention_2d(*inputs, 8, 3, stride, 0.25, dtype=dtype)
+
+    call, exact = (attention(8, 3, stride=stride, backend=backend) for backend in ("tiled", "reference"))
+    assert_error_at_most_twice(call, plain, exact, inputs)
 
 
 def test_tables_keep_their_dtype():
     """Under autocast the tables stay in float32 while the rest is low precision."""
-    qkv, options = make((1, 8, 8, 2, 8), 4, 1, dtype=torch.float32)
-    qkv = [x.detach().bfloat16().requires_grad_() for x in qkv]
-    out = halo_attention_2d(*qkv, 4, 1, **options)
-    out.sum().backward()
-    assert out.dtype == torch.bfloat16
-    assert options["rel_height"].grad.dtype == options["rel_width"].grad.dtype == torch.float32
+    *qkv, rel_height, rel_width = make((1, 8, 8, 2, 8), 4, 1, dtype=torch.float32, grad=False)
+    inputs = [*(x.bfloat16() for x in qkv), rel_height, rel_width]
+    results = outputs_and_grads(attention(4, 1), inputs)
+    assert [x.dtype for x in results] == [torch.bfloat16] * 4 + [torch.float32] * 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
-    (q, k, v), options = make((2, 8, 12, 3, 8), 4, 2, grad=False)
+    q, k, v, *tables = make((2, 8, 12, 3, 8), 4, 2, grad=False)
 
     def call(q, k, v):
-        out = halo_attention_2d(q, k, v, 4, 2, **options, backend=backend)
+        out = attention(4, 2, backend=backend)(q, k, v, *tables)
         assert out.is_contiguous()
         return out
 
@@ -218,7 +193,7 @@ def test_any_strides(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_block_without_halo_is_dense_attention(backend):
-    (q, k, v), _ = make((2, 6, 6, 3, 8), 6, 0, rel=False, grad=False)
+    q, k, v, _, _ = make((2, 6, 6, 3, 8), 6, 0, rel=False, grad=False)
     dense = scaled_dot_product_attention(*(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)))
     out = halo_attention_2d(q, k, v, 6, 0, backend=backend)
     torch.testing.assert_close(out.flatten(1, 2).transpose(1, 2), dense, rtol=0, atol=1e-13)
@@ -227,44 +202,45 @@ def test_one_block_without_halo_is_dense_attention(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_halo_is_made_of_zero_keys_and_values_beyond_the_map(backend):
     """The same as attention of the middle of a map that has zeros around."""
-    (q, k, v), options = make((1, 4, 4, 2, 4), 4, 3, grad=False)
-    wide = [torch.nn.functional.pad(x, (0, 0, 0, 0, 4, 4, 4, 4)) for x in (q, k, v)]
-    out, whole = (halo_attention_2d(*x, 4, 3, **options, backend=backend) for x in ((q, k, v), wide))
+    *qkv, rel_height, rel_width = make((1, 4, 4, 2, 4), 4, 3, grad=False)
+    wide = [torch.nn.functional.pad(x, (0, 0, 0, 0, 4, 4, 4, 4)) for x in qkv]
+    out, whole = (attention(4, 3, backend=backend)(*x, rel_height, rel_width) for x in (qkv, wide))
     torch.testing.assert_close(out, whole[:, 4:8, 4:8], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_sum_to_the_share_of_the_map(backend):
     """With equal logits a corner block of 2 x 2 blocks gives the map its (block + halo)**2 of the win**2 weights."""
-    (q, k, v), _ = make((1, 8, 8, 1, 4), 4, 1, rel=False, grad=False)
+    q, k, v, _, _ = make((1, 8, 8, 1, 4), 4, 1, rel=False, grad=False)
     out = halo_attention_2d(0 * q, k, torch.ones_like(v), 4, 1, backend=backend)
     torch.testing.assert_close(out, torch.full_like(out, 25 / 36), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_permuting_batch_and_heads(backend):
-    qkv, options = make((4, 4, 8, 3, 4), 4, 1, grad=False)
-    out = halo_attention_2d(*qkv, 4, 1, **options, backend=backend)
+    *qkv, rel_height, rel_width = make((4, 4, 8, 3, 4), 4, 1, grad=False)
+    call = attention(4, 1, backend=backend)
+    out = call(*qkv, rel_height, rel_width)
     batch, heads = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 2, 0])
-    permuted = halo_attention_2d(*(x[batch][:, :, :, heads] for x in qkv), 4, 1, **options, backend=backend)
+    permuted = call(*(x[batch][:, :, :, heads] for x in qkv), rel_height, rel_width)
     torch.testing.assert_close(permuted, out[batch][:, :, :, heads], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exchanging_the_axes_exchanges_the_tables(backend):
-    qkv, options = make((1, 4, 8, 1, 4), 4, 1, grad=False)
-    out = halo_attention_2d(*qkv, 4, 1, **options, backend=backend)
-    tables = dict(rel_height=options["rel_width"], rel_width=options["rel_height"])
-    exchanged = halo_attention_2d(*(x.transpose(1, 2) for x in qkv), 4, 1, **tables, backend=backend)
+    *qkv, rel_height, rel_width = make((1, 4, 8, 1, 4), 4, 1, grad=False)
+    call = attention(4, 1, backend=backend)
+    out = call(*qkv, rel_height, rel_width)
+    exchanged = call(*(x.transpose(1, 2) for x in qkv), rel_width, rel_height)
     torch.testing.assert_close(exchanged.transpose(1, 2), out, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
-    qkv, options = make((0, 4, 4, 2, 4), 4, 1, v_dim=6)
-    out, *grads = outputs_and_grads(qkv, options, 4, 1, backend=backend)
+    inputs = make((0, 4, 4, 2, 4), 4, 1, v_dim=6)
+    out, *grads = outputs_and_grads(attention(4, 1, backend=backend), inputs)
     assert out.shape == (0, 4, 4, 2, 6)
-    assert [g.shape for g in grads] == [x.shape for x in (*qkv, *options.values())]
+    assert [g.shape for g in grads] == [x.shape for x in inputs]
     assert not grads[3].any() and not grads[4].any()
 
 
@@ -275,7 +251,7 @@ def test_empty_batch(backend):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_block_does_not_see_does_not_leak(backend, bad, what):
-    (q, k, v), _ = make((1, 12, 12, 1, 4), 4, 1, rel=False, dtype=torch.float32, grad=False)
+    q, k, v, _, _ = make((1, 12, 12, 1, 4), 4, 1, rel=False, dtype=torch.float32, grad=False)
     clean = halo_attention_2d(q, k, v, 4, 1, backend=backend)
     (k if what == "key" else v)[0, 3, 1] = bad  # in the first block, and the halo of the one below
     out = halo_attention_2d(q, k, v, 4, 1, backend=backend)
@@ -288,18 +264,16 @@ def test_what_a_block_does_not_see_does_not_leak(backend, bad, what):
 
 @pytest.mark.parametrize("scale", [1e4, -1e4, 0.0])
 def test_extreme_logits(scale):
-    qkv, options = make((1, 8, 8, 1, 4), 4, 2, dtype=torch.float32)
-    for x in outputs_and_grads(qkv, options, 4, 2, scale=scale, backend="tiled"):
-        assert x.isfinite().all()
-    double = [x.double() for x in qkv], {k: v.double() for k, v in options.items()}
-    out = halo_attention_2d(*qkv, 4, 2, **options, scale=scale)
-    expected = halo_attention_2d(*double[0], 4, 2, **double[1], scale=scale, backend="reference")
+    inputs = make((1, 8, 8, 1, 4), 4, 2, dtype=torch.float32)
+    out, *grads = outputs_and_grads(attention(4, 2, scale=scale, backend="tiled"), inputs)
+    assert all(grad.isfinite().all() for grad in grads)
+    expected = attention(4, 2, scale=scale, backend="reference")(*(x.double() for x in inputs))
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-3)
 
 
 def test_bitwise_repeatable():
-    qkv, options = make((2, 16, 16, 3, 8), 8, 3, dtype=torch.float32)
-    first, second = (outputs_and_grads(qkv, options, 8, 3, backend="tiled") for _ in range(2))
+    inputs = make((2, 16, 16, 3, 8), 8, 3, dtype=torch.float32)
+    first, second = (outputs_and_grads(attention(8, 3, backend="tiled"), inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -316,13 +290,12 @@ def test_memory_is_bounded():
                     largest = max(largest, x.numel())
             return out
 
-    qkv, options = make((1, 128, 128, 1, 4), 8, 3, dtype=torch.float32, grad=False)
-    arguments = *qkv, *options.values(), 8, 3, 1, 0.5
+    arguments = *make((1, 128, 128, 1, 4), 8, 3, dtype=torch.float32, grad=False), 8, 3, 1, 0.5
     with Watch():
         out, lse = tiled.forward(*arguments)
         tiled.backward(out, *arguments[:5], out, lse, *arguments[5:])
     logits = 128 * 128 * 14 * 14
-    assert qkv[0].numel() < largest <= tiled.CHUNK < logits // 4
+    assert out.numel() < largest <= tiled.CHUNK < logits // 4
 
 
 # torch's own machinery
@@ -330,8 +303,7 @@ def test_memory_is_bounded():
 
 @pytest.mark.parametrize("rel", [False, True])
 def test_opcheck(rel):
-    qkv, options = make((1, 8, 4, 2, 4), 4, 1, 2, v_dim=6, rel=rel, dtype=torch.float32)
-    args = (*qkv, options.get("rel_height"), options.get("rel_width"), 4, 1, 2, 0.5)
+    args = *make((1, 8, 4, 2, 4), 4, 1, 2, v_dim=6, rel=rel, dtype=torch.float32), 4, 1, 2, 0.5
     torch.library.opcheck(torch.ops.zoo.halo_attention_2d.default, args)
     out, lse = torch.ops.zoo.halo_attention_2d(*args)
     inputs = [x if x is None else x.detach() for x in args[:5]]
@@ -343,12 +315,9 @@ def test_opcheck(rel):
 
 def test_compile_fullgraph():
     torch._dynamo.reset()
-    qkv, options = make((1, 8, 8, 2, 4), 4, 1, v_dim=6, dtype=torch.float32)
-    compiled = torch.compile(halo_attention_2d, fullgraph=True, backend="aot_eager")
-    out, expected = (f(*qkv, 4, 1, **options) for f in (compiled, halo_attention_2d))
-    torch.testing.assert_close(out, expected)
-    grads = (torch.autograd.grad(x.square().sum(), (*qkv, *options.values())) for x in (out, expected))
-    assert_all_close(*grads, 1e-6)
+    inputs = make((1, 8, 8, 2, 4), 4, 1, v_dim=6, dtype=torch.float32)
+    compiled = torch.compile(attention(4, 1), fullgraph=True, backend="aot_eager")
+    assert_all_close(*(outputs_and_grads(call, inputs) for call in (compiled, attention(4, 1))), 1e-6)
 
 
 def test_compile_dynamic_shapes_compiles_twice_at_most():
@@ -356,7 +325,7 @@ def test_compile_dynamic_shapes_compiles_twice_at_most():
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(lambda q, k, v: halo_attention_2d(q, k, v, 4, 1), fullgraph=True, backend=counter)
     for size in [(8, 12), (12, 16), (16, 8), (20, 24)]:
-        qkv, _ = make((2, *size, 2, 4), 4, 1, rel=False, dtype=torch.float32, grad=False)
+        qkv = make((2, *size, 2, 4), 4, 1, rel=False, dtype=torch.float32, grad=False)[:3]
         torch.testing.assert_close(compiled(*qkv), halo_attention_2d(*qkv, 4, 1))
     assert counter.frame_count == 2
 
@@ -366,7 +335,7 @@ def test_export():
         def forward(self, q, k, v):
             return halo_attention_2d(q, k, v, 4, 1)
 
-    qkv, _ = make((1, 8, 8, 2, 4), 4, 1, rel=False, dtype=torch.float32, grad=False)
+    qkv = make((1, 8, 8, 2, 4), 4, 1, rel=False, dtype=torch.float32, grad=False)[:3]
     exported = torch.export.export(Module(), tuple(qkv))
     torch.testing.assert_close(exported.module()(*qkv), halo_attention_2d(*qkv, 4, 1))
 
@@ -376,7 +345,7 @@ def test_torchscript():
     def scripted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         return torch.ops.zoo.halo_attention_2d(q, k, v, None, None, 4, 1, 1, 0.5)[0]
 
-    qkv, _ = make((1, 8, 8, 2, 4), 4, 1, rel=False, dtype=torch.float32, grad=False)
+    qkv = make((1, 8, 8, 2, 4), 4, 1, rel=False, dtype=torch.float32, grad=False)[:3]
     assert torch.equal(scripted(*qkv), halo_attention_2d(*qkv, 4, 1, scale=0.5))
 
 
