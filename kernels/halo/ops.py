@@ -32,19 +32,20 @@ def takes_triton(query: Tensor, value: Tensor, backend: str) -> bool:
     return backend == "triton" or (backend == "auto" and query.is_cuda and why_not_triton(query, value) is None)
 
 
-def _implementation(query: Tensor, value: Tensor, backend: str):
+def _run(direction: str, query: Tensor, value: Tensor, backend: str, *arguments):
+    """`forward` or `backward` of the backend."""
     if takes_triton(query, value, backend):
         from zoo.kernels.halo import triton
 
-        return triton
-    return tiled
+        return getattr(triton, direction)(*arguments)
+    with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
+        return getattr(tiled, direction)(*arguments)
 
 
 @torch.library.impl("zoo::halo_attention_2d", "CompositeExplicitAutograd")
 def _forward(query, key, value, rel_height, rel_width, block_size, halo_size, stride, scale, backend="auto"):
     inputs = query, key, value, rel_height, rel_width
-    with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
-        return _implementation(query, value, backend).forward(*inputs, block_size, halo_size, stride, scale)
+    return _run("forward", query, value, backend, *inputs, block_size, halo_size, stride, scale)
 
 
 @torch.library.register_fake("zoo::halo_attention_2d")
@@ -60,8 +61,7 @@ def _backward(
 ):
     inputs = query, key, value, rel_height, rel_width
     options = block_size, halo_size, stride, scale
-    with torch.autocast(query.device.type, enabled=False):
-        grads = _implementation(query, value, backend).backward(grad_out, *inputs, out, lse, *options)
+    grads = _run("backward", query, value, backend, grad_out, *inputs, out, lse, *options)
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -71,16 +71,28 @@ def _backward_fake(grad_out, query, key, value, rel_height, rel_width, *_):
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.options = inputs[5:]
+class _Attention(torch.autograd.Function):
+    """See its namesake in `zoo.kernels.neighborhood.ops`."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.zoo.halo_attention_2d(*arguments)
+        ctx.save_for_backward(*arguments[:5], out, lse)
+        ctx.options = arguments[5:]
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        *inputs, out, lse = ctx.saved_tensors
+        grads = torch.ops.zoo.halo_attention_2d_backward(grad_out, *inputs, out, lse, *ctx.options)
+        return *(None if x is None else grad for x, grad in zip(inputs, grads)), *(None for _ in ctx.options)
 
 
-def _autograd_backward(ctx, grad_out, _):
-    *inputs, out, lse = ctx.saved_tensors
-    grads = torch.ops.zoo.halo_attention_2d_backward(grad_out, *inputs, out, lse, *ctx.options)
-    return *(None if x is None else grad for x, grad in zip(inputs, grads)), *(None for _ in ctx.options)
-
-
-torch.library.register_autograd("zoo::halo_attention_2d", _autograd_backward, setup_context=_setup_context)
+@torch.library.impl("zoo::halo_attention_2d", "Autograd")
+def _autograd(*arguments):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
+        return _Attention.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.zoo.halo_attention_2d(*arguments)
