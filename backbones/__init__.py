@@ -6,3 +6,6 @@ __all__ = ["agent_cswin", "agent_deit", "agent_pvt", "agent_swin", "dinat_s", "g
 from zoo.backbones import biformer
 
 __all__ = ["biformer", "dinat_s", "nat", "nat_isotropic"]
+from zoo.backbones import halonet
+
+__all__ = ["dinat_s", "halonet", "nat", "nat_isotropic"]

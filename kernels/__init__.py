@@ -2,6 +2,7 @@
 
 from zoo.kernels.agent import agent_attention, pool_agents
 from zoo.kernels.circular import circular_attention_2d
+from zoo.kernels.halo import halo_attention_2d
 from zoo.kernels.neighborhood import explain_backend, neighborhood_attention_2d
 from zoo.kernels.routing import routing_attention_2d
 from zoo.kernels.window import window_attention_2d
@@ -10,6 +11,7 @@ __all__ = [
     "agent_attention",
     "circular_attention_2d",
     "explain_backend",
+    "halo_attention_2d",
     "neighborhood_attention_2d",
     "pool_agents",
     "routing_attention_2d",

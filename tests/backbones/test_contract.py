@@ -117,14 +117,21 @@ def test_without_classifier(name):
 
 
 def parameters_in_order_of_use(model, x):
-    """Names of the parameters, but those of the model itself, in the order in which a pass reaches their modules."""
-    used = []
+    """Names of the parameters, but those of the model itself, in the order in which a pass reaches their modules.
+
+    Modules that only hold parameters, and are not called, count as part of the one that they are in.
+    """
+    called = []
     for module_name, module in model.named_modules():
-        own = [f"{module_name}.{param_name}" for param_name, _ in module.named_parameters(recurse=False)]
-        if module_name and own:
-            module.register_forward_pre_hook(lambda module, args, own=own: used.extend(own))
+        module.register_forward_pre_hook(lambda module, args, name=module_name: called.append(name))
     model(x)
-    return used
+    owned = {}
+    for param_name, _ in model.named_parameters():
+        owner = param_name.rpartition(".")[0]
+        while owner not in called:
+            owner = owner.rpartition(".")[0]
+        owned.setdefault(owner, []).append(param_name)
+    return [param_name for module_name in called[1:] for param_name in owned.get(module_name, [])]
 
 
 @pytest.mark.parametrize("name", NAMES)
