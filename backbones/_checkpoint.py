@@ -209,8 +209,6 @@ def build_model(
             **kwargs,
         )
     except _UNREADABLE as error:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        source = cfg.file or cfg.hf_hub_id or cfg.url
         if pretrained and built and cfg.notes and not (source or cfg.state_dict):
             raise RuntimeError(f"no weights to load for {variant}: {'; '.join(cfg.notes)}") from error
         if not (pretrained and source and built):  # an error of the constructor

@@ -10,8 +10,8 @@ from torch import nn
 import zoo  # noqa: F401  (registers the models)
 from zoo.backbones._agent import AgentBlock
 from zoo.backbones.agent_cswin import CSwinBlock
-from zoo.backbones.gc_vit import GlobalContextBlock
 from zoo.backbones.biformer import BiFormerBlock
+from zoo.backbones.gc_vit import GlobalContextBlock
 from zoo.backbones.halonet import HaloBlock
 from zoo.backbones.nat import NeighborhoodBlock
 
@@ -114,6 +114,7 @@ FAMILIES = {
         no_decay=("*.attn.relative_position_bias_table",),
         drawn=(".relative_position_bias_table", ".gamma1", ".gamma2"),
         license="cc-by-nc-sa-4.0",
+    ),
     "biformer": Family(
         6,
         ("biformer_tiny", "biformer_stl", "biformer_stl_nchw"),
@@ -130,6 +131,16 @@ FAMILIES = {
         block=HaloBlock,
         no_decay=("*_rel",),
         license="apache-2.0",
+    ),
+    "halonet": Family(
+        9,
+        ("halonet_h0_256", "halonet_h6_512"),  # without and with a last convolution
+        size=_STAGES["size"],
+        short=dict(depths=(1, 1), num_heads=(1, 2)),
+        block=HaloBlock,
+        no_decay=("*_rel",),
+        license="apache-2.0",
+        output_fmt="NCHW",
     ),
 }
 
