@@ -124,13 +124,6 @@ FAMILIES = {
         block=BiFormerBlock,
         output_fmt="NCHW",
         sizes=((96, 160), (32, 64)),  # the authors' STL models leave out what is no whole patch
-    "halonet": Family(
-        9,
-        ("halonet_h0_256", "halonet_h6_512"),  # without and with a last convolution
-        short=dict(depths=(1, 1), num_heads=(1, 2)),
-        block=HaloBlock,
-        no_decay=("*_rel",),
-        license="apache-2.0",
     ),
     "halonet": Family(
         9,
