@@ -11,7 +11,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from zoo.kernels._launch import device_of
 from zoo.kernels.neighborhood import tiled
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rel_pos_bias, Tensor? extra_key, Tensor? extra_value"
@@ -84,12 +86,12 @@ def _run(direction: str, query: Tensor, backend: str, *arguments):
     if takes_triton(query, backend):
         from zoo.kernels.neighborhood import triton
 
-        return getattr(triton, direction)(*arguments)
+        with device_of(query):
+            return getattr(triton, direction)(*arguments)
     with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
         return getattr(tiled, direction)(*arguments)
 
 
-@torch.library.impl("zoo::neighborhood_attention_2d", "CompositeExplicitAutograd")
 def _forward(
     query,
     key,
@@ -110,13 +112,15 @@ def _forward(
     return _run("forward", query, backend, *inputs, geometry, scale)
 
 
+torch.library.impl("zoo::neighborhood_attention_2d", "CompositeExplicitAutograd", _forward)
+
+
 @torch.library.register_fake("zoo::neighborhood_attention_2d")
 def _forward_fake(query, *_):
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=lse_dtype)
 
 
-@torch.library.impl("zoo::neighborhood_attention_2d_backward", "CompositeExplicitAutograd")
 def _backward(
     grad_out,
     grad_lse,
@@ -142,10 +146,29 @@ def _backward(
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
+torch.library.impl("zoo::neighborhood_attention_2d_backward", "CompositeExplicitAutograd", _backward)
+
+
 @torch.library.register_fake("zoo::neighborhood_attention_2d_backward")
 def _backward_fake(grad_out, grad_lse, query, key, value, rel_pos_bias, extra_key, extra_value, *_):
     inputs = query, key, value, rel_pos_bias, extra_key, extra_value
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether something has to see the operators that run on `x`: a mode, a transform, a kind of tensor."""
+    return (
+        type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _below_autograd(*arguments):
+    if not _watched(arguments[0]):  # the dispatcher takes longer than a small map
+        return _forward(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.zoo.neighborhood_attention_2d(*arguments)
 
 
 class _Attention(torch.autograd.Function):
@@ -153,19 +176,20 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.zoo.neighborhood_attention_2d(*arguments)
+        out, lse = _below_autograd(*arguments)
         ctx.save_for_backward(*arguments[:6], out, lse)
         ctx.options = arguments[6:]
         ctx.set_materialize_grads(False)  # the log-sum-exp seldom has a gradient
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         *inputs, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        grads = torch.ops.zoo.neighborhood_attention_2d_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.options)
+        backward = torch.ops.zoo.neighborhood_attention_2d_backward if _watched(grad_out) else _backward
+        grads = backward(grad_out, grad_lse, *inputs, out, lse, *ctx.options)
         return *(None if x is None else grad for x, grad in zip(inputs, grads)), *(None for _ in ctx.options)
 
 
@@ -173,5 +197,4 @@ class _Attention(torch.autograd.Function):
 def _autograd(*arguments):
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:6]):
         return _Attention.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.zoo.neighborhood_attention_2d(*arguments)
+    return _below_autograd(*arguments)

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.kernels._launch import launch
 from zoo.kernels.neighborhood import window
 from zoo.kernels.neighborhood.triton import backward as _backward
 from zoo.kernels.neighborhood.triton import bias as _bias
@@ -69,7 +70,7 @@ class _Signature(NamedTuple):
 class _Walk(NamedTuple):
     """How one kernel goes over the map."""
 
-    grid: tuple[int]
+    programs: int
     tiles: tuple[int, int]
     layout: tuple[int, ...]  # of unrolled bias, see `tile_bias`
     rows: tuple[int, ...]  # of unrolled bias, for one head: how many tiles share each (kernel "bias" only)
@@ -103,7 +104,7 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
     axes = zip((height, width), s.kernel_size, s.dilation, s.stride, borders, (config.tile_y, config.tile_x))
     most, kinds, tiles, patterns, reach = zip(*(_axis(*axis, plain, of_keys) for axis in axes))
     blocks = tuple(-(-r // b) for r, b in zip(reach, (config.block_y, config.block_x)))
-    grid = (batch * heads * math.prod(tiles) * math.prod(s.dilation),)  # every tile of every class, head and image
+    programs = batch * heads * math.prod(tiles) * math.prod(s.dilation)  # every tile of every class, head and image
     shared = ()
     if kernel == "bias":
         axes = zip((height, width), s.kernel_size, s.dilation, most, patterns, (config.tile_y, config.tile_x))
@@ -119,10 +120,10 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
     )
     if kernel == "forward" and blocks == (1, 1):  # what does not change with the image is made once for several
         mode = HELD if s.has_bias else NO_BIAS
-        while images < IMAGES and grid[0] > PROGRAMS * images:
+        while images < IMAGES and programs > PROGRAMS * images:
             images *= 2
-        grid = (-(-batch // images) * (grid[0] // batch),)
-    elif s.has_bias and grid[0] >= UNROLL_REUSE * shape[0] and 4 * math.prod(shape) <= UNROLL_BYTES:
+        programs = -(-batch // images) * (programs // batch)
+    elif s.has_bias and programs >= UNROLL_REUSE * shape[0] and 4 * math.prod(shape) <= UNROLL_BYTES:
         mode, unrolled = UNROLLED, shape
     window_options = {
         "KERNEL_Y": s.kernel_size[0],
@@ -144,7 +145,7 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
         options["IMAGES"] = images
     unroll_options = window_options | config.tile_options() | {"OF_KEYS": of_keys}
     layout = (*most, *patterns, kinds[1], *blocks)
-    return _Walk(grid, tiles, layout, shared, unrolled, options, unroll_options)
+    return _Walk(programs, tiles, layout, shared, unrolled, options, unroll_options)
 
 
 class _Problem:
@@ -188,8 +189,11 @@ class _Problem:
             return self.bias, None
         unrolled = self.query.new_empty(walk.unrolled, dtype=torch.float32)
         kinds = walk.unrolled[0] // (self.heads * walk.layout[2] * walk.layout[3])
-        _bias.unroll_kernel[(kinds * math.prod(walk.tiles) * self.heads,)](
-            self.bias, unrolled, walk.layout, self.heads, *walk.tiles, **walk.unroll_options
+        launch(
+            _bias.unroll_kernel,
+            kinds * math.prod(walk.tiles) * self.heads,
+            (self.bias, unrolled, walk.layout, self.heads, *walk.tiles),
+            walk.unroll_options,
         )
         return unrolled, walk.layout
 
@@ -202,19 +206,11 @@ def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, s
     if out.numel() == 0:
         return out, lse
     walk = p.walk("forward")
-    _forward.forward_kernel[walk.grid](
-        *p.inputs,
-        *p.bias_arguments(walk),
-        *p.extras,
-        out,
-        lse,
-        p.batch,
-        *p.shape,
-        p.extra,
-        *p.dilation,
-        scale,
-        BLOCK_E=p.block_e,
-        **walk.options,
+    launch(
+        _forward.forward_kernel,
+        walk.programs,
+        (*p.inputs, *p.bias_arguments(walk), *p.extras, out, lse, p.batch, *p.shape, p.extra, *p.dilation, scale),
+        {"BLOCK_E": p.block_e} | walk.options,
     )
     return out, lse
 
@@ -258,42 +254,49 @@ def _query_and_bias_gradients(
 def _query_gradient(p: _Problem, out, lse, grad_out, grad_lse, shift, d_query) -> None:
     """Fills `d_query`, and `shift` for the other kernels."""
     walk = p.walk("query")
-    _backward.query_kernel[walk.grid](
-        *p.inputs,
-        *p.bias_arguments(walk),
-        *p.extras,
-        out,
-        lse,
-        grad_out,
-        grad_out.stride(),
-        grad_lse,
-        shift,
-        d_query,
-        *p.shape,
-        p.extra,
-        *p.dilation,
-        p.scale,
-        BLOCK_E=p.block_e,
-        **walk.options,
+    launch(
+        _backward.query_kernel,
+        walk.programs,
+        (
+            *p.inputs,
+            *p.bias_arguments(walk),
+            *p.extras,
+            out,
+            lse,
+            grad_out,
+            grad_out.stride(),
+            grad_lse,
+            shift,
+            d_query,
+            *p.shape,
+            p.extra,
+            *p.dilation,
+            p.scale,
+        ),
+        {"BLOCK_E": p.block_e} | walk.options,
     )
 
 
 def _key_value_gradients(p: _Problem, lse, grad_out, shift, d_key, d_value) -> None:
     """Fills `d_key` and `d_value`."""
     walk = p.walk("key_value")
-    _backward.key_value_kernel[walk.grid](
-        *p.inputs,
-        *p.bias_arguments(walk),
-        lse,
-        grad_out,
-        grad_out.stride(),
-        shift,
-        d_key,
-        d_value,
-        *p.shape,
-        *p.dilation,
-        p.scale,
-        **walk.options,
+    launch(
+        _backward.key_value_kernel,
+        walk.programs,
+        (
+            *p.inputs,
+            *p.bias_arguments(walk),
+            lse,
+            grad_out,
+            grad_out.stride(),
+            shift,
+            d_key,
+            d_value,
+            *p.shape,
+            *p.dilation,
+            p.scale,
+        ),
+        walk.options,
     )
 
 
@@ -307,7 +310,7 @@ def _bias_gradient(
     pairs = blocks * options["TILE_Y"] * options["TILE_X"] * options["BLOCK_Y"] * options["BLOCK_X"]
     has_bias = p.bias is not None
     # Tiles are summed up in parts, enough of them to fill the GPU; without a bias a part is one tile.
-    part_tiles = max(1, walk.grid[0] * blocks // BIAS_PROGRAMS) if has_bias else 1
+    part_tiles = max(1, walk.programs * blocks // BIAS_PROGRAMS) if has_bias else 1
     parts = sum(max(1, -(-tiles // part_tiles)) for tiles in walk.rows)
     some = p.heads
     if has_bias:  # some heads at a time, if need be
@@ -319,49 +322,42 @@ def _bias_gradient(
     block_p = min(max(triton.next_power_of_2(parts * options["TILE_X"] // rows), 16), 256)
     for first in range(0, p.heads, some):
         some = min(some, p.heads - first)
-        _bias.gradient_kernel[(some * blocks * parts,)](
-            *p.inputs,
-            p.bias,
-            lse,
-            grad_out,
-            grad_out.stride(),
-            grad_lse,
-            shift,
-            d_query,
-            d_key,
-            d_value,
-            d_unrolled,
-            starts,
-            walk.layout,
-            p.batch,
-            *p.shape,
-            *p.dilation,
-            first,
-            some,
-            rows,
-            part_tiles,
-            p.scale,
-            QUERY=of_query,
-            KEY_VALUE=of_key_value,
-            **options,
+        launch(
+            _bias.gradient_kernel,
+            some * blocks * parts,
+            (
+                *p.inputs,
+                p.bias,
+                lse,
+                grad_out,
+                grad_out.stride(),
+                grad_lse,
+                shift,
+                d_query,
+                d_key,
+                d_value,
+                d_unrolled,
+                starts,
+                walk.layout,
+                p.batch,
+                *p.shape,
+                *p.dilation,
+                first,
+                some,
+                rows,
+                part_tiles,
+                p.scale,
+            ),
+            {"QUERY": of_query, "KEY_VALUE": of_key_value} | options,
         )
         if not has_bias:
             return None
         unroll_options = {k: v for k, v in walk.unroll_options.items() if k != "OF_KEYS"}
-        _bias.fold_kernel[(some * rows * options["TILE_Y"] * p.bias.shape[1],)](
-            d_unrolled,
-            starts,
-            sums[first:],
-            walk.layout,
-            p.height,
-            p.width,
-            *p.dilation,
-            some,
-            rows,
-            parts,
-            BLOCK_P=block_p,
-            BLOCK_O=triton.next_power_of_2(p.bias.shape[2]),
-            **unroll_options,
+        launch(
+            _bias.fold_kernel,
+            some * rows * options["TILE_Y"] * p.bias.shape[1],
+            (d_unrolled, starts, sums[first:], walk.layout, p.height, p.width, *p.dilation, some, rows, parts),
+            {"BLOCK_P": block_p, "BLOCK_O": triton.next_power_of_2(p.bias.shape[2])} | unroll_options,
         )
     return sums.sum((1, 2)).to(p.bias.dtype)
 
@@ -375,26 +371,28 @@ def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tens
     programs = p.batch * p.heads * -(-p.extra // block_e)
     parts = max(1, min(-(-EXTRA_PROGRAMS // programs), -(-tokens // (4 * block_n))))
     sums = lse.new_empty(2, parts, *extra_key.shape)
-    _backward.extra_kernel[(programs * parts,)](
-        p.query,
-        p.query.stride(),
-        *p.extras,
-        lse,
-        grad_out,
-        grad_out.stride(),
-        shift,
-        *sums,
-        p.batch,
-        tokens,
-        p.width,
-        p.heads,
-        p.extra,
-        -(-tokens // parts),
-        p.scale,
-        BLOCK_E=block_e,
-        BLOCK_N=block_n,
-        num_stages=2,
-        **{name: options[name] for name in ("dim", "BLOCK_D", "EVEN_D", "PRECISION")},
+    launch(
+        _backward.extra_kernel,
+        programs * parts,
+        (
+            p.query,
+            p.query.stride(),
+            *p.extras,
+            lse,
+            grad_out,
+            grad_out.stride(),
+            shift,
+            *sums,
+            p.batch,
+            tokens,
+            p.width,
+            p.heads,
+            p.extra,
+            -(-tokens // parts),
+            p.scale,
+        ),
+        {"BLOCK_E": block_e, "BLOCK_N": block_n, "num_stages": 2}
+        | {name: options[name] for name in ("dim", "BLOCK_D", "EVEN_D", "PRECISION")},
     )
     d_extra_key, d_extra_value = (part.sum(0).to(extra_key.dtype) for part in sums)
     return d_extra_key, d_extra_value
