@@ -319,8 +319,8 @@ class BiFormer(Backbone):
             raise ValueError(
                 f"depths, num_heads and topks must have one entry per stage, got {depths}, {num_heads} and {topks}"
             )
-        if n_win < 1:
-            raise ValueError(f"n_win must be at least 1, got {n_win}")
+        if not isinstance(n_win, int) or n_win < 1:
+            raise ValueError(f"n_win must be an int of at least 1, got {n_win!r}")
         if any(topk is not None and topk < 1 for topk in topks):
             raise ValueError(f"topks must be at least 1, or None for full attention, got {topks}")
         act_layer = get_act_layer(act_layer)

@@ -255,7 +255,8 @@ def test_the_dead_links(name):
 
 REFUSALS = {
     "entries": (dict(num_heads=(1, 2)), "one entry per stage"),
-    "regions": (dict(n_win=0), "n_win must be at least 1, got 0"),
+    "regions": (dict(n_win=0), "n_win must be an int of at least 1, got 0"),
+    "regions by axis": (dict(n_win=(7, 7)), r"n_win must be an int of at least 1, got \(7, 7\)"),
     "topk": (dict(topks=(1, 4, 0, None)), r"topks must be at least 1, or None for full attention, got \(1, 4, 0"),
     "heads": (dict(num_heads=(3, 2, 4, 8)), "num_heads must divide dim, got num_heads=3 and dim=64"),
 }

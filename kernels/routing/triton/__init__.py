@@ -33,27 +33,24 @@ class _Problem:
     """Arguments that every kernel takes."""
 
     def __init__(self, query, key, value, routes, weights, region_size, scale):
-        self.batch, self.height, self.width, self.heads, self.dim = query.shape
+        self.batch, _, _, self.heads, dim = query.shape
         self.regions, self.topk = routes.shape[1:]
-        self.region_size = region_size
         self.tokens = region_size[0] * region_size[1]
         self.inputs = [y for x in (query, key, value) for y in (x, x.stride())]
         self.weights = query if weights is None else weights.contiguous()  # what is absent is never read
-        block_d = max(16, triton.next_power_of_2(self.dim))
+        block_d = max(16, triton.next_power_of_2(dim))
         tile, block, num_warps, num_stages = config(block_d, query.element_size())
         block_m = max(16, min(tile, triton.next_power_of_2(self.tokens)))
         self.tiles = -(-self.tokens // block_m)
         self.grid = (self.batch * self.heads * self.regions * self.tiles,)
-        cols = regions.grid(self.height, self.width, region_size)[1]
-        self.shape = (
-            *(self.height, self.width, self.heads, self.dim),
-            *(self.regions, cols, *region_size, self.topk, self.tiles, scale),
-        )
+        cols = regions.grid(*query.shape[1:3], region_size)[1]
+        map_shape, region_shape = query.shape[1:], (self.regions, cols, *region_size)
+        self.scalars = *map_shape, *region_shape, self.topk, self.tiles, scale
         self.options = {
             "BLOCK_M": block_m,
             "BLOCK_N": block,
             "BLOCK_D": block_d,
-            "EVEN_D": block_d == self.dim,
+            "EVEN_D": block_d == dim,
             "SOFT": weights is not None,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
             "num_warps": num_warps,
@@ -68,8 +65,15 @@ def forward(query, key, value, routes, weights, region_size, scale) -> tuple[Ten
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() > 0:
         _forward.forward_kernel[p.grid](
-            *p.inputs, routes, p.weights, out, out.stride(), lse, *p.shape, **p.options
-        )  # fmt: skip
+            *p.inputs,
+            routes,
+            p.weights,
+            out,
+            out.stride(),
+            lse,
+            *p.scalars,
+            **p.options,
+        )
     return out, lse
 
 
@@ -99,7 +103,7 @@ def backward(
         d_query,
         d_query.stride(),
         parts,
-        *p.shape,
+        *p.scalars,
         **p.options,
     )
     # Who chose a region: its numbers in the table, sorted. Atomic sums would need no such list, but differ by run.
@@ -119,7 +123,7 @@ def backward(
         d_key.stride(),
         d_value,
         d_value.stride(),
-        *p.shape,
+        *p.scalars,
         **p.options,
     )
     return d_query, d_key, d_value, None if weights is None else parts.sum((1, 3, 5))
