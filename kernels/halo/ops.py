@@ -8,6 +8,7 @@ of the logits, which only its gradient, `zoo::halo_attention_2d_backward`, may u
 import torch
 from torch import Tensor
 
+from zoo.kernels._launch import device_of
 from zoo.kernels.halo import tiled
 from zoo.kernels.neighborhood import ops as neighborhood
 
@@ -37,7 +38,8 @@ def _run(direction: str, query: Tensor, value: Tensor, backend: str, *arguments)
     if takes_triton(query, value, backend):
         from zoo.kernels.halo import triton
 
-        return getattr(triton, direction)(*arguments)
+        with device_of(query):
+            return getattr(triton, direction)(*arguments)
     with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
         return getattr(tiled, direction)(*arguments)
 

@@ -8,6 +8,7 @@ is "triton", "tiled", or "auto" for the first of them that can run the call.
 import torch
 from torch import Tensor
 
+from zoo.kernels._launch import device_of
 from zoo.kernels.neighborhood.ops import takes_triton
 from zoo.kernels.routing import regions, tiled
 
@@ -34,7 +35,7 @@ def _implementation(query: Tensor, backend: str):
 @torch.library.impl("zoo::routing_attention_2d", "CompositeExplicitAutograd")
 def _forward(query, key, value, region_size, topk, scale, soft=False, backend="auto"):
     region_size = tuple(region_size)
-    with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
+    with torch.autocast(query.device.type, enabled=False), device_of(query):  # sums stay in float32
         affinity = regions.affinities(regions.means(query, region_size), regions.means(key, region_size), scale)
         routes = regions.choose(affinity, topk)
         weights = regions.weigh(affinity, routes) if soft else None
@@ -58,7 +59,7 @@ def _forward_fake(query, key, value, region_size, topk, *_):
 def _backward(grad_out, query, key, value, out, lse, routes, region_size, topk, scale, soft=False, backend="auto"):
     region_size = tuple(region_size)
     weights = None
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False), device_of(query):
         if soft:
             query_means, key_means = regions.means(query, region_size), regions.means(key, region_size)
             weights = regions.weigh(regions.affinities(query_means, key_means, scale), routes)
