@@ -11,6 +11,7 @@ layers=["down_blocks.0", "up_blocks.3"])`. Processors also go into `model.set_at
 square or the processor is given `grid=(height, width)`.
 """
 
+from zoo.diffusion.agent import AgentAttnProcessor, AgentPhase
 from zoo.diffusion.attach import Attachment, attach
 from zoo.diffusion.clear import ClearAttnProcessor, load_clear_weights, save_clear_weights
 from zoo.diffusion.entropy import EntropyScaledAttnProcessor
@@ -19,6 +20,8 @@ from zoo.diffusion.neighborhood import NeighborhoodAttnProcessor
 from zoo.diffusion.processor import GridAttnProcessor
 
 __all__ = [
+    "AgentAttnProcessor",
+    "AgentPhase",
     "Attachment",
     "ClearAttnProcessor",
     "EntropyScaledAttnProcessor",

@@ -76,7 +76,8 @@ def attach(
             (self-attention layers), SD3Transformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel,
             DiTTransformer2DModel or HunyuanDiT2DModel.
         processor: A processor of this package, or any with a parameter `grid`. One that is a module, because it may
-            hold weights, is copied for every layer.
+            hold weights, is copied for every layer. One that needs to know more of a call has a method
+            `pre_hooks(model, layers)`, a list of modules and forward pre-hooks of arguments and keywords.
         layers: Names of the layers to change, or of modules that hold them ("down_blocks.0"), with shell wildcards
             ("transformer_blocks.1?.attn"); all self-attention by default.
         grid: (height, width) of the map of tokens in every call, instead of deriving it. In a single call of Flux
@@ -107,14 +108,15 @@ def attach(
         _check_replaceable(name, original)
 
     processors = {name: _for_layer(processor, model.get_submodule(name)) for name in names}
-    hook = _ModelHook(family, model, given)
-    hooks = [model.register_forward_pre_hook(hook, with_kwargs=True)]
-    if called is not model:  # outside of what is compiled, where the values of tensors can be read
-        hooks.append(called.register_forward_pre_hook(hook, with_kwargs=True))
+    pre_hooks = [(model, _ModelHook(family, model, given))]
     for name, layer in model.named_modules():
         if isinstance(layer, (Attention, FluxAttention)):
-            layer_hook = _LayerHook(name, family, processors.get(name))
-            hooks.append(layer.register_forward_pre_hook(layer_hook, with_kwargs=True))
+            pre_hooks.append((layer, _LayerHook(name, family, processors.get(name))))
+    if hasattr(processor, "pre_hooks"):
+        pre_hooks += processor.pre_hooks(model, names)
+    if called is not model:  # outside of what is compiled, where the values of tensors can be read
+        pre_hooks += [(called, hook) for module, hook in pre_hooks if module is model]
+    hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in pre_hooks]
     for name, new in processors.items():
         model.get_submodule(name).set_processor(new)
     return Attachment(model, processors, originals, hooks)
@@ -156,14 +158,6 @@ def _flux_map(model: nn.Module, call: dict[str, Any]) -> tuple[int, int]:
     return height, width
 
 
-def _fit_unet(grid: Grid, tokens: int, joined: int) -> Grid:
-    """The level of a UNet that has `tokens` tokens: every one halves the sides of that before it, rounded up."""
-    level = grid
-    while tokens < level.tokens:
-        level = level._replace(height=-(-level.height // 2), width=-(-level.width // 2), stride=2 * level.stride)
-    return (level if level.tokens == tokens else grid).resolve(tokens, joined)
-
-
 @dataclass(frozen=True)
 class _Family:
     """How to find the grid of a model's calls, and which argument reaches all of its attention layers."""
@@ -176,7 +170,7 @@ class _Family:
 
 
 _FAMILIES = (
-    _Family(UNet2DConditionModel, "cross_attention_kwargs", _unet_map, _fit_unet),
+    _Family(UNet2DConditionModel, "cross_attention_kwargs", _unet_map, Grid.level),
     _Family(SD3Transformer2DModel, "joint_attention_kwargs", text_first=False),
     _Family(FluxTransformer2DModel, "joint_attention_kwargs", _flux_map, text_first=True),
     _Family(PixArtTransformer2DModel, "cross_attention_kwargs"),

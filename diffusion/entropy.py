@@ -21,7 +21,7 @@ class EntropyScaledAttnProcessor(GridAttnProcessor, nn.Module):
         grid: See `GridAttnProcessor`.
 
     Raises:
-        TypeError: `processor` is no `GridAttnProcessor`, or a size no int.
+        TypeError: `processor` is no `GridAttnProcessor`, or does not compute by `attend`, or a size is no int.
         ValueError: A size is below 1, or the map has one token; or `processor` scales logits by the size itself.
     """
 
@@ -40,6 +40,8 @@ class EntropyScaledAttnProcessor(GridAttnProcessor, nn.Module):
             processor = GridAttnProcessor()
         if not isinstance(processor, GridAttnProcessor):
             raise TypeError(f"processor must be a GridAttnProcessor, got {type(processor).__name__}")
+        if type(processor).__call__ is not GridAttnProcessor.__call__:
+            raise TypeError(f"processor must be told the scale by `attend`, which {type(processor).__name__} is not")
         if isinstance(processor, EntropyScaledAttnProcessor) or getattr(processor, "proportional", False):
             raise ValueError(f"processor scales logits by the number of tokens itself: {type(processor).__name__}")
         self.processor = processor

@@ -63,6 +63,17 @@ class Grid(NamedTuple):
             f"{beside} that attention was given"
         )
 
+    def level(self, tokens: int, joined: int = 0) -> Grid:
+        """The level of a UNet that has `tokens` tokens: every one halves the sides of that before it, rounded up.
+
+        Raises:
+            ValueError: There is none.
+        """
+        level = self
+        while 0 < tokens < level.tokens:
+            level = level._replace(height=-(-level.height // 2), width=-(-level.width // 2), stride=2 * level.stride)
+        return (level if level.tokens == tokens else self).resolve(tokens, joined)
+
 
 def as_grid(grid) -> Grid:
     """`grid` given by the user, a `Grid` or (height, width), as a `Grid`.
