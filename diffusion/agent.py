@@ -77,7 +77,7 @@ class AgentCall(NamedTuple):
     Attributes:
         phase: The settings of the step.
         noise: 0-dimensional integers, by which the draws of one step differ from those of another.
-        layer: The same for the layers of a model.
+        layer: Number of the layer, by which its draws differ from those of others.
         block_input: [batch, tokens, channels], what the transformer block was given: tokens are matched by that.
     """
 
@@ -365,8 +365,8 @@ def _drop(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
 def _scramble(x: Tensor) -> Tensor:
     """32 bits that look random from each integer of `x`: a generator without a state, the same on every device."""
     x = x & 0xFFFFFFFF
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # constants found by search for the lowest bias
-        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    for _ in range(2):
+        x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF  # a product of 59 bits, so nothing overflows
     return x ^ (x >> 16)
 
 

@@ -64,8 +64,8 @@ def match_tokens(x: Tensor, size: tuple[int, int], cell: tuple[int, int], draw: 
     destinations, sources = is_source.argsort(stable=True).tensor_split([chosen.numel()])
 
     x = x.detach()  # an order has no gradient
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    x = x / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a token of zeros is like no other
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = (x / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(x.dtype)  # a token of zeros is like no other
     keys = x[:, destinations].transpose(1, 2)
     chunk = max(1, _CHUNK // max(1, x.shape[0] * chosen.numel()))
     best = [(x[:, part] @ keys).max(-1) for part in sources.split(chunk)]

@@ -9,11 +9,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, HeunDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from torch._dynamo.testing import CompileCounter
+
 from golden_cases import list_cases, load_case, max_error
 from tiny_models import make_call, make_model, run
-from torch._dynamo.testing import CompileCounter
 from zoo.diffusion import AgentAttnProcessor, AgentPhase, EntropyScaledAttnProcessor, Grid, attach
-from zoo.diffusion.agent import AgentCall, attend, _BlockHook, _drop
+from zoo.diffusion.agent import AgentCall, _BlockHook, _drop, attend
 from zoo.diffusion.merging import match_tokens, merge_tokens, unmerge_tokens
 from zoo.kernels import agent_attention
 
@@ -198,7 +199,7 @@ def test_seed_and_batch(unet):
     assert len(counts) == 16 and counts.min() > 40 and counts.max() < 120  # 1260 draws from 16
     for a, b in [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 0))]:
         assert (draws[a] != draws[b]).float().mean() > 0.85
-    assert processor._draw(AgentCall(EARLY, 0, 0), (8, 8), device).tolist() == [[2, 3], [2, 13]]  # for good
+    assert processor._draw(AgentCall(EARLY, 0, 0), (8, 8), device).tolist() == [[10, 0], [5, 11]]  # for good
 
 
 class Pipeline(DiffusionPipeline):
@@ -300,6 +301,20 @@ def test_without_attach(unet):
     torch.testing.assert_close(run(unet, call), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(unet, dtype):
+    """Both phases stay near float32, whose matching may differ where tokens are equally alike."""
+    call = make_call("unet", 8, 8)
+    low = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in call.items()}
+    processor = AgentAttnProcessor({0: EARLY, 1: LATE})
+    with attach(unet, processor):
+        for step in (0, 1):
+            processor.step = step
+            expected, actual = run(unet.float(), call), run(unet.to(dtype), low)
+            assert actual.dtype == dtype
+            assert (actual.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
 def test_fused_projections(unet):
     call = make_call("unet", 8, 8)
     with attach(unet, AgentAttnProcessor(EARLY)):
@@ -325,21 +340,31 @@ def test_gradient_checkpointing(unet):
 
 
 def test_compiled():
-    """One graph for each phase, not for each step or seed of the noise."""
+    """Compiled anew for a phase, not for a step."""
     unet = UNet2DConditionModel(
-        8, 3, 3, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
-        block_out_channels=(8,), layers_per_block=1, cross_attention_dim=6, attention_head_dim=2, norm_num_groups=4,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=6,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
     call = make_call("unet", 8, 8)
     processor = AgentAttnProcessor({0: EARLY, 2: LATE})
-    graphs = CompileCounter()
+    graphs, counts = CompileCounter(), []
     with attach(unet, processor):
         compiled = torch.compile(unet, backend=graphs, fullgraph=True)
         for step in range(4):
             processor.step = step
             call["timestep"] = torch.tensor(30 - step)
             torch.testing.assert_close(run(compiled, call), run(unet, call))
-        assert graphs.frame_count == 2
+            counts.append(graphs.frame_count)
+        assert 0 < counts[0] == counts[1] < counts[2] == counts[3]
         processor.step = None
         with pytest.raises(Exception, match="set the processor's step to 0"):
             run(compiled, call)
@@ -392,9 +417,9 @@ def test_bad_step():
 def test_bad_calls(unet):
     call, processor = make_call("unet", 8, 8), AgentAttnProcessor()
     with attach(unet, processor):
-        with pytest.raises(ValueError, match="timestep must be the same for the whole batch .* set the processor's step"):
+        with pytest.raises(ValueError, match=r"timestep must be the same for the whole batch.* set the processor's"):
             run(unet, {**call, "timestep": torch.tensor([3, 4])})
-        with pytest.raises(ValueError, match="cell may not exceed the map: 4x4 in .*attn1, which has 3x8 tokens"):
+        with pytest.raises(ValueError, match=r"cell may not exceed the map: 4x4 in .*attn1, which has 3x8 tokens"):
             run(unet, make_call("unet", 3, 8))
         with pytest.raises(ValueError, match="attention_mask must be None for AgentAttnProcessor"):
             run(unet, {**call, "attention_mask": torch.ones(2, 64)})

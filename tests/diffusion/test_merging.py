@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from zoo.diffusion.merging import match_tokens, merge_tokens, unmerge_tokens
 
 
