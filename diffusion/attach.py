@@ -94,7 +94,7 @@ def attach(
     called = _find_model(pipeline_or_model)
     model = getattr(called, "_orig_mod", called)  # what torch.compile wrapped
     family = _find_family(model)
-    if "grid" not in inspect.signature(getattr(processor, "__call__", processor)).parameters:
+    if not callable(processor) or "grid" not in inspect.signature(processor.__call__).parameters:
         raise TypeError(
             f"processor must take the token grid as a parameter `grid`, as those of zoo.diffusion do, "
             f"got {type(processor).__name__}"

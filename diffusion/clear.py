@@ -123,7 +123,7 @@ def load_clear_weights(model: nn.Module, path: str | Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            weights = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read as safetensors: {error}") from error
 

@@ -96,7 +96,7 @@ def square_grid(tokens: int, text: int = 0, text_first: bool = False) -> Grid:
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(
-            f"grid is unknown, and {tokens} tokens are no square map: use zoo.diffusion.attach(), which derives the grid "
-            "of every call, or give the processor grid=(height, width)"
+            f"grid is unknown, and {tokens} tokens are no square map: use zoo.diffusion.attach(), which derives the "
+            "grid of every call, or give the processor grid=(height, width)"
         )
     return Grid(side, side, text, text_first)

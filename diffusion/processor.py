@@ -2,11 +2,12 @@
 
 diffusers gives weights to attention modules and computation to processors, which are called as
 
-    processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, ..., grid=None)
+    processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, ...)
 
-`zoo.diffusion.attach` adds `grid`, a `Grid` that fits this very call: its tokens are those of `hidden_states`, joined
-with the text tokens of `encoder_hidden_states` where the layer joins them. A processor needs no base class for that,
-only a parameter called `grid`. Those that want the projections too derive from `GridAttnProcessor` and write `attend`.
+`zoo.diffusion.attach` adds a keyword `grid`, a `Grid` that fits this very call: its tokens are those of
+`hidden_states`, joined with the text tokens of `encoder_hidden_states` where the layer joins them. A processor needs no
+base class for that, only a parameter called `grid`; if it has a method `check(grid, layer)`, that is called first.
+Those that want the projections too derive from `GridAttnProcessor` and write `attend`.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class GridAttnProcessor:
 
         image, words = self.attend(query, key, value, grid, query.shape[-1] ** -0.5)
         image = image.flatten(3).flatten(1, 2)
-        words = None if words is None else words.flatten(2)
-        if words is not None and not joint:
+        words = image[:, :0] if words is None else words.flatten(2)
+        if grid.text and not joint:
             image = torch.cat((words, image) if grid.text_first else (image, words), dim=1)
         if getattr(attn, "to_out", None) is not None:
             image = attn.to_out[1](attn.to_out[0](image))

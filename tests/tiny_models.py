@@ -1,5 +1,7 @@
 """Tiny random models of every supported kind, and calls of them, without a network."""
 
+from functools import partial
+
 import torch
 from diffusers import (
     DiTTransformer2DModel,
@@ -14,10 +16,13 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 KINDS = ("dit", "flux", "hunyuan", "pixart", "sd3", "unet")
 
 
-def make_model(kind: str, seed: int = 0):
-    """A model with weights by which every part counts: zero-initialised gates would hide attention."""
+def make_model(kind: str, seed: int = 0, small: bool = False):
+    """A model with weights by which every part counts, `small` with as few layers as there can be.
+
+    As they are made, models have gates and outputs of zero, which would hide attention.
+    """
     torch.manual_seed(seed)
-    model = _MODELS[kind]().eval()
+    model = _MODELS[kind](**(_SMALL[kind] if small else {})).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1 or not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.1)
@@ -40,7 +45,8 @@ def run(model, call):
 
 
 _MODELS = {
-    "dit": lambda: DiTTransformer2DModel(
+    "dit": partial(
+        DiTTransformer2DModel,
         num_attention_heads=2,
         attention_head_dim=4,
         in_channels=3,
@@ -48,10 +54,11 @@ _MODELS = {
         num_layers=2,
         sample_size=8,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,
         norm_elementwise_affine=False,
     ),
-    "flux": lambda: FluxTransformer2DModel(
+    "flux": partial(
+        FluxTransformer2DModel,
         in_channels=4,
         num_layers=2,
         num_single_layers=2,
@@ -61,7 +68,8 @@ _MODELS = {
         pooled_projection_dim=6,
         axes_dims_rope=(4, 6, 6),
     ),
-    "hunyuan": lambda: HunyuanDiT2DModel(
+    "hunyuan": partial(
+        HunyuanDiT2DModel,
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=3,
@@ -77,7 +85,8 @@ _MODELS = {
         text_len_t5=4,
         use_style_cond_and_image_meta_size=False,
     ),
-    "pixart": lambda: PixArtTransformer2DModel(
+    "pixart": partial(
+        PixArtTransformer2DModel,
         num_attention_heads=2,
         attention_head_dim=4,
         in_channels=3,
@@ -89,7 +98,8 @@ _MODELS = {
         caption_channels=6,
         use_additional_conditions=False,
     ),
-    "sd3": lambda: SD3Transformer2DModel(
+    "sd3": partial(
+        SD3Transformer2DModel,
         sample_size=16,
         patch_size=2,
         in_channels=3,
@@ -104,7 +114,8 @@ _MODELS = {
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     ),
-    "unet": lambda: UNet2DConditionModel(
+    "unet": partial(
+        UNet2DConditionModel,
         sample_size=8,
         in_channels=3,
         out_channels=3,
@@ -116,6 +127,12 @@ _MODELS = {
         attention_head_dim=2,
         norm_num_groups=4,
     ),
+}
+
+_SMALL = {
+    "flux": {"num_layers": 1, "num_single_layers": 1},
+    "hunyuan": {"num_layers": 2},
+    "unet": {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("UpBlock2D",) * 2},
 }
 
 _CALLS = {
