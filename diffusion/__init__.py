@@ -9,6 +9,9 @@
 block) restores the model. Layers are chosen by name, `attach(unet, NeighborhoodAttnProcessor(13),
 layers=["down_blocks.0", "up_blocks.3"])`. Processors also go into `model.set_attn_processor(processor)`, where maps are
 square or the processor is given `grid=(height, width)`.
+
+`AgentAttnProcessor` is for UNets, and follows the steps of the sampler by itself: `attach(pipeline,
+AgentAttnProcessor())` for Stable Diffusion 1 and 2, `AgentAttnProcessor(max_downsample=2)` for SDXL.
 """
 
 from zoo.diffusion.agent import AgentAttnProcessor, AgentPhase

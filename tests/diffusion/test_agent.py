@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, HeunDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, HeunDiscreteScheduler, PNDMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch._dynamo.testing import CompileCounter
@@ -341,21 +341,9 @@ def test_gradient_checkpointing(unet):
 
 def test_compiled():
     """Compiled anew for a phase, not for a step."""
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=6,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    call = make_call("unet", 8, 8)
-    processor = AgentAttnProcessor({0: EARLY, 2: LATE})
+    unet = make_model("unet", small=True)  # without attention on its first level, as SDXL
+    call = make_call("unet", 16, 16)
+    processor = AgentAttnProcessor({0: EARLY, 2: LATE}, max_downsample=2)
     graphs, counts = CompileCounter(), []
     with attach(unet, processor):
         compiled = torch.compile(unet, backend=graphs, fullgraph=True)
