@@ -97,8 +97,22 @@ CIRCULAR = [
     Row((1, size, size, 24, 128), Window(radius=radius), text=512) for size in (64, 128, 256) for radius in (8, 16, 32)
 ]
 OPERATORS = {"neighborhood": NEIGHBORHOOD, "circular": CIRCULAR}
-# What holds a row back, by its label: for rows that miss their aim.
-LIMITS: dict[str, str] = {}
+# What holds a row back, by its label: for rows that miss their aim. By the machine code and the times of the kernels.
+_ISSUE = (
+    "instructions rather than memory or products: masks, bias and exponentials fill about half of the issue slots at 16 "
+    "warps a multiprocessor; backward, the logits are made three times, for queries, for keys and for the bias, whose "
+    "sums take the registers that more warps would need"
+)
+_HOST = "backward, the host: launches take longer than the kernels, see the times in parentheses"
+LIMITS: dict[str, str] = {
+    "128 x 56 x 56, 2 x 32, 7, 1": _ISSUE,
+    "128 x 28 x 28, 4 x 32, 7, 4": _HOST,
+    "128 x 14 x 14, 8 x 32, 7, 1": f"{_HOST}; on the GPU as the first row",
+    "128 x 7 x 7, 16 x 32, 7, 1": _HOST,
+    "16 x 96 x 96, 6 x 32, 11, 1": "backward, as the first row",
+    "8 x 128 x 128, 4 x 32, 7, 1": "as the first row",
+    "4 x 128 x 128, 8 x 64, 13, 1": "backward, as the first row",
+}
 
 
 # Problems
