@@ -100,7 +100,7 @@ OPERATORS = {"neighborhood": NEIGHBORHOOD, "circular": CIRCULAR}
 # What holds a row back, by its label: for rows that miss their aim. By the machine code and the times of the kernels.
 _ISSUE = (
     "instructions rather than memory or products: masks, bias and exponentials fill about half of the issue slots, at "
-    "16 warps a multiprocessor; backward, the logits are made three times, for queries, for keys and for the bias, whose "
+    "16 warps a multiprocessor; backward, logits are made three times, for queries, for keys and for the bias, whose "
     "sums take the registers that more warps would need"
 )
 _HOST = "backward, the host: launches take longer than the kernels, see the times in parentheses"
