@@ -69,7 +69,8 @@ def test_any_strides():
 # Triton's interpreter takes bfloat16 for integers in products.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16])
 def test_low_precision(dtype):
-    case = CASES["stride"]
+    # Where speed allows: so many numbers that plain torch is not exact by chance.
+    case = ((2, 16, 16, 2, 16), 4, 3, 2, 8, True) if DEVICE == "cuda" else CASES["stride"]
     inputs, attention = make(case, dtype)
 
     def plain(*inputs):

@@ -27,21 +27,11 @@ def table_gradient(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store one program's share of the gradient of a table [2 * WIN - 1, dim]. Returns [M, R], see below."""
-    d_rows = relative_gradient(d_relative, at, R, W, WIN)
+    d_rows = relative_gradient(d_relative, at, R, W, WIN).to(q.dtype)
     r = tl.arange(0, R)
-    share = tl.dot(tl.trans(d_rows.to(q.dtype)), q, input_precision=PRECISION)
+    share = tl.dot(tl.trans(d_rows), q, input_precision=PRECISION)
     store(d_table + r[:, None] * dim + d[None, :], share, r < 2 * WIN - 1, d, dim, EVEN_D)
     return d_rows
-
-
-@triton.jit
-def add_relative(dq, d_rows, rows, PRECISION: tl.constexpr):
-    """`dq` [M, D] plus the gradient that comes through a table: d_rows [M, R] times its rows [R, D]."""
-    high = d_rows.to(rows.dtype)
-    dq = tl.dot(high, rows, dq, input_precision=PRECISION)
-    if rows.dtype != tl.float32:  # in two parts, for more digits than the dtype has
-        dq = tl.dot((d_rows - high.to(tl.float32)).to(rows.dtype), rows, dq, input_precision=PRECISION)
-    return dq
 
 
 @triton.jit
@@ -123,9 +113,9 @@ def query_kernel(
         table: tl.constexpr = 2 * WIN - 1
         to = d_tables + tl.program_id(0).to(tl.int64) * (2 * table) * dim
         d_rows = table_gradient(to, d_rel_y, in_y, q, d, dim, R, W, WIN, EVEN_D, PRECISION)
-        dq = add_relative(dq, d_rows, table_rows(rel_height, d, dim, R, WIN, EVEN_D).to(q.dtype), PRECISION)
+        dq = tl.dot(d_rows, table_rows(rel_height, d, dim, R, WIN, EVEN_D).to(q.dtype), dq, input_precision=PRECISION)
         d_rows = table_gradient(to + table * dim, d_rel_x, in_x, q, d, dim, R, W, WIN, EVEN_D, PRECISION)
-        dq = add_relative(dq, d_rows, table_rows(rel_width, d, dim, R, WIN, EVEN_D).to(q.dtype), PRECISION)
+        dq = tl.dot(d_rows, table_rows(rel_width, d, dim, R, WIN, EVEN_D).to(q.dtype), dq, input_precision=PRECISION)
     store(token_pointers(d_query, dq_strides, batch, head, qy, qx, d), dq, q_inside, d, dim, EVEN_D)
 
 
