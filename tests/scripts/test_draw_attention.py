@@ -19,11 +19,11 @@ def draw_attention(monkeypatch):
 
 @pytest.fixture
 def weights(draw_attention):
-    """Of a picture: the weights behind it."""
+    """Function of the name of a picture: the weights behind it, and the queries and keys."""
 
     def compute(name):
         operator, options = draw_attention.OPERATORS[name]
-        query, key = draw_attention.query_and_key(draw_attention.load_photograph(draw_attention.PATCH), 13)
+        query, key = draw_attention.query_and_key(draw_attention.load_photograph(13), 13)
         call = lambda q, k, v: operator(q, k, v, **options)  # noqa: E731
         return draw_attention.attention_of(call, query, key, draw_attention.QUERY), query, key
 
