@@ -84,14 +84,15 @@ class ClearAttnProcessor(GridAttnProcessor, nn.Module):
         (q, words), (k, text_k), (v, text_v) = (grid.split(x) for x in (query, key, value))
         extra_key, extra_value = text_k, text_v
         if self.down_factor is not None:
-            pooled = self._pool(k), self._pool(v)
+            # Through nn.Module, so that hooks which bring offloaded weights are run.
+            pooled = nn.Module.__call__(self, k), nn.Module.__call__(self, v)
             extra_key, extra_value = (
-                pooled if words is None else (torch.cat((text, x), dim=1) for text, x in zip((text_k, text_v), pooled))
+                x if words is None else torch.cat((text, x), dim=1) for text, x in zip((text_k, text_v), pooled)
             )
         image = circular_attention_2d(q, k, v, self.radius, extra_key=extra_key, extra_value=extra_value, scale=scale)
         return image, None if words is None else dense_attention(words, key, value, scale)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Blocks of the map `x` [batch, height, width, heads, head_dim] as tokens [batch, blocks, heads, head_dim]."""
         f = self.down_factor
         blocks = x.unflatten(1, (-1, f)).unflatten(3, (-1, f))
