@@ -12,7 +12,7 @@ square or the processor is given `grid=(height, width)`.
 """
 
 from zoo.diffusion.attach import Attachment, attach
-from zoo.diffusion.clear import ClearAttnProcessor, load_clear_weights, save_clear_weights
+from zoo.diffusion.clear import ClearAttnProcessor, clear_parameters, load_clear_weights, save_clear_weights
 from zoo.diffusion.entropy import EntropyScaledAttnProcessor
 from zoo.diffusion.grid import Grid
 from zoo.diffusion.neighborhood import NeighborhoodAttnProcessor
@@ -26,6 +26,7 @@ __all__ = [
     "GridAttnProcessor",
     "NeighborhoodAttnProcessor",
     "attach",
+    "clear_parameters",
     "load_clear_weights",
     "save_clear_weights",
 ]

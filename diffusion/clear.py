@@ -134,7 +134,7 @@ def load_clear_weights(model: nn.Module, path: str | Path) -> None:
             f"{path.name} is for radius={radius}, down_factor={factor}, but radius={clear.radius}, "
             f"down_factor={clear.down_factor} is attached"
         )
-    own = _clear_parameters(model)
+    own = clear_parameters(model)
     for problem, names in (
         ("lacks", sorted(own.keys() - weights.keys())),
         ("has, which the model does not,", sorted(weights.keys() - own.keys())),
@@ -163,17 +163,13 @@ def save_clear_weights(model: nn.Module, path: str | Path) -> None:
         TypeError: `model` has no `ClearAttnProcessor`.
     """
     clear = _clear_processor(model)
-    weights = {name: parameter.detach().contiguous().cpu() for name, parameter in _clear_parameters(model).items()}
+    weights = {name: parameter.detach().contiguous().cpu() for name, parameter in clear_parameters(model).items()}
     metadata = {"format": "pt", "radius": str(clear.radius), "down_factor": str(clear.down_factor or 1)}
     save_file(weights, path, metadata=metadata)
 
 
 def clear_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What distillation trains of `model`, by the authors' names: see `load_clear_weights`."""
-    return _clear_parameters(model)
-
-
-def _clear_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for name, parameter in model.named_parameters():
         name = name.replace(".base_layer.", ".")  # under LoRA
