@@ -16,7 +16,7 @@ AgentAttnProcessor())` for Stable Diffusion 1 and 2, `AgentAttnProcessor(max_dow
 
 from zoo.diffusion.agent import AgentAttnProcessor, AgentPhase
 from zoo.diffusion.attach import Attachment, attach
-from zoo.diffusion.clear import ClearAttnProcessor, load_clear_weights, save_clear_weights
+from zoo.diffusion.clear import ClearAttnProcessor, clear_parameters, load_clear_weights, save_clear_weights
 from zoo.diffusion.entropy import EntropyScaledAttnProcessor
 from zoo.diffusion.grid import Grid
 from zoo.diffusion.neighborhood import NeighborhoodAttnProcessor
@@ -32,6 +32,7 @@ __all__ = [
     "GridAttnProcessor",
     "NeighborhoodAttnProcessor",
     "attach",
+    "clear_parameters",
     "load_clear_weights",
     "save_clear_weights",
 ]

@@ -126,7 +126,7 @@ class _Carried(NamedTuple):
     """A rotary embedding with the grid on its back, for the model that passes its layers nothing else."""
 
     image_rotary_emb: Any
-    grid: Grid
+    grid: tuple
 
 
 def _patch_map(model: nn.Module, call: dict[str, Any]) -> tuple[int, int]:
@@ -180,7 +180,11 @@ _FAMILIES = (
 
 
 class _ModelHook:
-    """Before the model's forward: derives the grid and puts it into the argument that carries it."""
+    """Before the model's forward: derives the grid and puts it into the argument that carries it.
+
+    A grid may be there already, from the user or from this hook on the compiled wrapper of the model. It travels as a
+    plain tuple, because torch 2.11 cannot trace a dict that holds a named one.
+    """
 
     def __init__(self, family: _Family, model: nn.Module, grid: Grid | None) -> None:
         self.family = family
@@ -201,14 +205,15 @@ class _ModelHook:
         grid = self._complete(self.family.find_map(self.model, call) if given is None else given, call)
         if carrier == "image_rotary_emb":
             rotary = carried.image_rotary_emb if isinstance(carried, _Carried) else carried
-            call[carrier] = _Carried(rotary, grid)
+            call[carrier] = _Carried(rotary, tuple(grid))
         else:
-            call[carrier] = {**(carried or {}), "grid": grid}
+            call[carrier] = {**(carried or {}), "grid": tuple(grid)}
         return (), call
 
     def _complete(self, size, call: dict[str, Any]) -> Grid:
         """`size`, a `Grid` or (height, width), with the text tokens of this call."""
-        grid = as_grid(size)
+        carried = isinstance(size, tuple) and len(size) == len(Grid._fields)
+        grid = Grid(*size) if carried else as_grid(size)
         if self.family.text_first is None:
             return grid
         return grid._replace(text=call["encoder_hidden_states"].shape[1], text_first=self.family.text_first)
@@ -236,7 +241,7 @@ class _LayerHook:
             )
         hidden_states = args[0] if args else kwargs["hidden_states"]
         text = kwargs.get("encoder_hidden_states")
-        grid = self.family.fit(grid, hidden_states.shape[1], 0 if text is None else text.shape[1])
+        grid = self.family.fit(Grid(*grid), hidden_states.shape[1], 0 if text is None else text.shape[1])
         if hasattr(self.processor, "check"):
             self.processor.check(grid, self.name)
         return args, {**kwargs, "grid": grid}

@@ -84,14 +84,15 @@ class ClearAttnProcessor(GridAttnProcessor, nn.Module):
         (q, words), (k, text_k), (v, text_v) = (grid.split(x) for x in (query, key, value))
         extra_key, extra_value = text_k, text_v
         if self.down_factor is not None:
-            pooled = self._pool(k), self._pool(v)
+            # Through nn.Module, so that hooks which bring offloaded weights are run.
+            pooled = nn.Module.__call__(self, k), nn.Module.__call__(self, v)
             extra_key, extra_value = (
-                pooled if words is None else (torch.cat((text, x), dim=1) for text, x in zip((text_k, text_v), pooled))
+                x if words is None else torch.cat((text, x), dim=1) for text, x in zip((text_k, text_v), pooled)
             )
         image = circular_attention_2d(q, k, v, self.radius, extra_key=extra_key, extra_value=extra_value, scale=scale)
         return image, None if words is None else dense_attention(words, key, value, scale)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Blocks of the map `x` [batch, height, width, heads, head_dim] as tokens [batch, blocks, heads, head_dim]."""
         f = self.down_factor
         blocks = x.unflatten(1, (-1, f)).unflatten(3, (-1, f))
@@ -133,7 +134,7 @@ def load_clear_weights(model: nn.Module, path: str | Path) -> None:
             f"{path.name} is for radius={radius}, down_factor={factor}, but radius={clear.radius}, "
             f"down_factor={clear.down_factor} is attached"
         )
-    own = _clear_parameters(model)
+    own = clear_parameters(model)
     for problem, names in (
         ("lacks", sorted(own.keys() - weights.keys())),
         ("has, which the model does not,", sorted(weights.keys() - own.keys())),
@@ -162,17 +163,13 @@ def save_clear_weights(model: nn.Module, path: str | Path) -> None:
         TypeError: `model` has no `ClearAttnProcessor`.
     """
     clear = _clear_processor(model)
-    weights = {name: parameter.detach().contiguous().cpu() for name, parameter in _clear_parameters(model).items()}
+    weights = {name: parameter.detach().contiguous().cpu() for name, parameter in clear_parameters(model).items()}
     metadata = {"format": "pt", "radius": str(clear.radius), "down_factor": str(clear.down_factor or 1)}
     save_file(weights, path, metadata=metadata)
 
 
 def clear_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What distillation trains of `model`, by the authors' names: see `load_clear_weights`."""
-    return _clear_parameters(model)
-
-
-def _clear_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for name, parameter in model.named_parameters():
         name = name.replace(".base_layer.", ".")  # under LoRA

@@ -2,5 +2,6 @@
 
 from zoo.data.digits import Digits
 from zoo.data.image_folder import ImageFolder, ReportSkipped
+from zoo.data.latents import CachedLatents, TeacherLatents
 
-__all__ = ["Digits", "ImageFolder", "ReportSkipped"]
+__all__ = ["CachedLatents", "Digits", "ImageFolder", "ReportSkipped", "TeacherLatents"]
