@@ -158,7 +158,8 @@ def _backward_fake(grad_out, grad_lse, query, key, value, rel_pos_bias, extra_ke
 def _watched(x: Tensor) -> bool:
     """Whether something has to see the operators that run on `x`: a mode, a transform, a kind of tensor."""
     return (
-        type(x) not in (Tensor, torch.nn.Parameter)
+        x.is_meta
+        or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
