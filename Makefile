@@ -6,7 +6,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   train a small DiNAT on handwritten digits and draw what it learned"
+	@echo "make demo   train a small DiNAT and a small flow on handwritten digits and draw what they learned"
 	@echo "make test   run the tests"
 	@echo "make lint   check style"
 	@echo "make clean  remove .venv"

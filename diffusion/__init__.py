@@ -17,9 +17,11 @@ AgentAttnProcessor())` for Stable Diffusion 1 and 2, `AgentAttnProcessor(max_dow
 from zoo.diffusion.agent import AgentAttnProcessor, AgentPhase
 from zoo.diffusion.attach import Attachment, attach
 from zoo.diffusion.clear import ClearAttnProcessor, clear_parameters, load_clear_weights, save_clear_weights
+from zoo.diffusion.denoiser import NeighborhoodDenoiser
 from zoo.diffusion.entropy import EntropyScaledAttnProcessor
 from zoo.diffusion.grid import Grid
 from zoo.diffusion.neighborhood import NeighborhoodAttnProcessor
+from zoo.diffusion.pipeline import FlowPipeline
 from zoo.diffusion.processor import GridAttnProcessor
 
 __all__ = [
@@ -28,9 +30,11 @@ __all__ = [
     "Attachment",
     "ClearAttnProcessor",
     "EntropyScaledAttnProcessor",
+    "FlowPipeline",
     "Grid",
     "GridAttnProcessor",
     "NeighborhoodAttnProcessor",
+    "NeighborhoodDenoiser",
     "attach",
     "clear_parameters",
     "load_clear_weights",

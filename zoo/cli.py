@@ -17,6 +17,7 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
   validate   measure on the validation data   zoo validate --config digits/dinat --ckpt_path x.ckpt
   test       measure on the test data         zoo test --config digits/dinat --ckpt_path x.ckpt
   predict    write each image's class         zoo predict --config digits/dinat --ckpt_path x.ckpt
+  sample     draw images from a trained flow  zoo sample runs/digits-flow/version_0
 
 look around
   models     list our models                  zoo models 'dinat_*'
@@ -51,6 +52,24 @@ def run(command: str, args: list[str]) -> None:
         from zoo.lightning_cli import RecipeCLI
 
         RecipeCLI([command, *args])
+    elif command == "sample":
+        parser = ArgumentParser(
+            "zoo sample", description="Draw images of chosen classes from a flow that `zoo fit` trained."
+        )
+        parser.add_argument("source", help="a pipeline folder, or the folder or a checkpoint of such a run")
+        parser.add_argument("--classes", type=int, nargs="+", metavar="CLASS", help="such as 3 7 (default: all)")
+        parser.add_argument("--grid", type=int, default=8, metavar="ROWS", help="samples of each class (default: 8)")
+        parser.add_argument("--steps", type=int, default=20, help="steps from noise to image (default: 20)")
+        parser.add_argument(
+            "--guidance", type=float, default=1.0, help="1 for none; more is clearer and less varied (default: 1)"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+        parser.add_argument("--scale", type=int, default=8, help="draw each pixel this many times (default: 8)")
+        parser.add_argument("--output", default="samples.png", metavar="PNG", help="(default: samples.png)")
+        options = parser.parse_args(args)
+        from zoo.sample import run_sample
+
+        run_sample(**vars(options))
     elif command == "models":
         parser = ArgumentParser("zoo models", description="List our models, with their published ImageNet-1k top-1.")
         parser.add_argument("pattern", nargs="?", default="*", help="such as 'dinat_*', quoted, or any part of a name")
@@ -59,8 +78,10 @@ def run(command: str, args: list[str]) -> None:
 
         print_models(options.pattern)
     elif command == "demo":
-        parser = ArgumentParser("zoo demo", description="Train a small DiNAT on digits, then draw what it learned.")
-        parser.add_argument("--seed", type=int, default=0, help="seed of the training run (default: 0)")
+        parser = ArgumentParser(
+            "zoo demo", description="Train a small DiNAT and a small flow on digits, then draw what they learned."
+        )
+        parser.add_argument("--seed", type=int, default=0, help="seed of the training runs (default: 0)")
         options = parser.parse_args(args)
         from zoo.demo import run_demo
 

@@ -1,4 +1,4 @@
-"""Pictures of a trained classifier: predictions, confusion matrix, learning curves, attention maps."""
+"""Pictures of a trained classifier (predictions, confusion matrix, learning curves, attention maps) and of samples."""
 
 import csv
 from collections import defaultdict
@@ -125,6 +125,34 @@ def save_curves(path: Path, metrics_csv: Path) -> None:
     loss.set_ylim(bottom=0)
     accuracy.set_ylim(top=1.005)
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.savefig(path)
+
+
+def save_samples(path: Path, images: Tensor, nearest: Tensor, classes: list[str], title: str) -> None:
+    """Draw samples, a column per class, and under the last row the training image nearest to each of it.
+
+    Args:
+        path: PNG file to write.
+        images: [rows * classes, 1, height, width], 0 to 1; high is ink.
+        nearest: Shape of ``images``, the training image nearest to each.
+        classes: Class names.
+        title: Title of the figure.
+    """
+    columns = len(classes)
+    rows = len(images) // columns
+    figure = _figure(0.8 * columns + 0.4, 0.8 * (rows + 1) + 1.2)
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(rows + 1, columns, squeeze=False)
+    shown = torch.cat([images, nearest[-columns:]])
+    for i, axes in enumerate(grid.flat):
+        _bare(axes)
+        axes.imshow(shown[i, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axes.spines[:].set(color="#cccccc", linewidth=0.8)
+    for axes, name in zip(grid[0], classes, strict=True):
+        axes.set_title(name, fontsize=10)
+    for axes in grid[-1]:
+        axes.spines[:].set(color=BLUE, linewidth=2)
+    figure.supxlabel("framed in blue: the training digit nearest to the sample above it", fontsize=9, color=BLUE)
     figure.savefig(path)
 
 

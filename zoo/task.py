@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from timm.data import Mixup, resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -117,17 +117,24 @@ class Classification(LightningModule):
         return {"name": names, "label": label, "probability": probability, "probabilities": probabilities}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = create_optimizer_v2(self.model, opt="adamw", lr=self.lr, weight_decay=self.weight_decay)
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise UserError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        batches_per_step = self.trainer.accumulate_grad_batches
-        warmup = round(self.warmup_epochs * math.ceil(self.trainer.num_training_batches / batches_per_step))
+        return cosine_adamw(self.trainer, self.model, self.lr, self.weight_decay, self.warmup_epochs)
 
-        def factor(step: int) -> float:
-            return warmup_cosine(step, warmup, int(total))
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+def cosine_adamw(
+    trainer: Trainer, model: torch.nn.Module, lr: float, weight_decay: float, warmup_epochs: float
+) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns for AdamW with linear warm-up and a cosine schedule."""
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=weight_decay)
+    total = trainer.estimated_stepping_batches
+    if math.isinf(total):
+        raise UserError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    trainer.fit_loop.setup_data()  # counts the batches, which nothing has where max_steps alone ends the training
+    warmup = round(warmup_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+
+    def factor(step: int) -> float:
+        return warmup_cosine(step, warmup, int(total))
+
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:

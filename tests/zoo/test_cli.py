@@ -26,7 +26,7 @@ def test_help_fits_a_screen_and_names_every_command(capsys, args):
     lines = text.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100
-    for command in ("fit", "validate", "test", "predict", "models", "demo", "doctor"):
+    for command in ("fit", "validate", "test", "predict", "sample", "models", "demo", "doctor"):
         assert any(line.startswith(f"  {command} ") for line in lines), command
     for recipe in list_recipes():
         assert recipe in text
@@ -42,7 +42,7 @@ def test_unknown_command(capsys):
     assert "no command 'trian'; `zoo --help`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["models", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["sample", "models", "demo", "doctor"])
 def test_command_help(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
@@ -52,7 +52,7 @@ def test_command_help(capsys, command):
 
 class TestRecipes:
     def test_packaged(self):
-        assert {"digits/dinat", "imagenet/dinat_tiny", "imagenet/eval"} <= set(list_recipes())
+        assert {"digits/dinat", "digits/flow", "imagenet/dinat_tiny", "imagenet/eval"} <= set(list_recipes())
 
     def test_found_by_name_from_anywhere(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -87,8 +87,10 @@ class TestRecipes:
         config = yaml.safe_load(capsys.readouterr().out)
         given = yaml.safe_load(open(resolve_recipe(recipe)))
         assert config["model"]["init_args"]["lr"] == 0.5
-        assert config["model"]["init_args"]["model_name"] == given["model"]["init_args"]["model_name"]
-        assert timm.is_model(config["model"]["init_args"]["model_name"])
+        assert config["model"]["class_path"] == given["model"]["class_path"]
+        if config["model"]["class_path"] == "zoo.task.Classification":
+            assert config["model"]["init_args"]["model_name"] == given["model"]["init_args"]["model_name"]
+            assert timm.is_model(config["model"]["init_args"]["model_name"])
         assert config["trainer"]["default_root_dir"] == "runs"
         assert config["seed_everything"] == 0
 

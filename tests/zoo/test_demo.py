@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import zoo.demo
 from zoo.data import Digits
 from zoo.demo import inked_pixel
+from zoo.judge import Judgement
 from zoo.kernels import neighborhood_attention_2d
 from zoo.pictures import attention_maps, attention_weights, save_confusion
 from zoo.recipes import resolve_recipe
@@ -27,12 +28,16 @@ def digits():
 
 
 def test_runs_from_training_to_pictures(capsys, tmp_path, monkeypatch):
-    recipe = yaml.safe_load(Path(resolve_recipe(zoo.demo.RECIPE)).read_text())
-    recipe["trainer"].update(max_epochs=2, limit_train_batches=2, limit_val_batches=1, enable_progress_bar=False)
-    (tmp_path / "short.yaml").write_text(yaml.safe_dump(recipe))
+    for name, short in (("RECIPE", "short.yaml"), ("FLOW_RECIPE", "short_flow.yaml")):
+        recipe = yaml.safe_load(Path(resolve_recipe(getattr(zoo.demo, name))).read_text())
+        recipe["trainer"].update(max_epochs=2, limit_train_batches=2, limit_val_batches=1, enable_progress_bar=False)
+        (tmp_path / short).write_text(yaml.safe_dump(recipe))
+        monkeypatch.setattr(zoo.demo, name, short)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(zoo.demo, "RECIPE", "short.yaml")
+    # Judging is tested by itself, and takes long.
+    judgement = Judgement(898, 2, 1.0, 3, 0.123, 0.5, 1.0, 1.0, 0.5, 1.0, 1.0)
+    monkeypatch.setattr(zoo.demo, "judge_digits", lambda pipeline, classifier, seed: judgement)
     zoo.demo.run_demo(seed=3)
 
     out = capsys.readouterr().out
@@ -44,7 +49,9 @@ def test_runs_from_training_to_pictures(capsys, tmp_path, monkeypatch):
         right = (task(images).argmax(-1) == labels).float().mean().item()
     assert accuracy == pytest.approx(100 * right, abs=0.06)
 
-    for name in ("predictions", "confusion", "curves", "attention"):
+    assert re.search(r"898 samples: 2 steps, guidance 1, seed 3", out)
+    assert Path("runs/digits-flow/version_0/pipeline/model_index.json").is_file()
+    for name in ("predictions", "confusion", "curves", "attention", "samples"):
         assert f"runs/demo/{name}.png" in out
         pixels = imread(tmp_path / "runs" / "demo" / f"{name}.png")[..., :3]
         assert min(pixels.shape[:2]) >= 500, name
