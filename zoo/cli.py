@@ -1,6 +1,7 @@
 """The command ``zoo``. Heavy imports wait until a command needs them."""
 
 import sys
+import textwrap
 from argparse import ArgumentParser
 
 from zoo import __version__
@@ -25,7 +26,7 @@ look around
   doctor     which kernels run here, and why  zoo doctor
 
 recipes, for --config (or the path of a YAML file of your own; later options win)
-  {recipes}
+{recipes}
 
   -h, --help     show this text
   --version      show the version"""
@@ -45,7 +46,8 @@ def main(args: list[str] | None = None) -> int:
 def run(command: str, args: list[str]) -> None:
     """Run one command; mistakes of the user's are raised as :class:`UserError`."""
     if command in ("-h", "--help", "help"):
-        print(HELP.format(recipes="  ".join(list_recipes())))
+        recipes = "  ".join(list_recipes())
+        print(HELP.format(recipes=textwrap.fill(recipes, 100, initial_indent="  ", subsequent_indent="  ")))
     elif command == "--version":
         print(f"zoo {__version__}")
     elif command in ("fit", "validate", "test", "predict"):

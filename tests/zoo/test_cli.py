@@ -10,6 +10,7 @@ import yaml
 import zoo
 from zoo.cli import main
 from zoo.errors import UserError
+from zoo.lightning_cli import RecipeCLI
 from zoo.models import describe, format_count, our_models, print_models, published_top1
 from zoo.recipes import list_recipes, resolve_recipe, resolve_recipes
 
@@ -93,6 +94,18 @@ class TestRecipes:
             assert timm.is_model(config["model"]["init_args"]["model_name"])
         assert config["trainer"]["default_root_dir"] == "runs"
         assert config["seed_everything"] == 0
+
+    @pytest.mark.parametrize("recipe", [name for name in list_recipes() if name.startswith("digits/")])
+    def test_digits_train_every_weight(self, tmp_path, monkeypatch, recipe):
+        monkeypatch.chdir(tmp_path)
+        cli = RecipeCLI(["fit", "--config", recipe, "--trainer.fast_dev_run", "2", "--data.batch_size", "4"])
+        assert cli.trainer.global_step == 2
+        assert {"train_loss", "val_top1"} <= set(cli.trainer.callback_metrics)
+        [optimizer] = cli.trainer.optimizers
+        for name, parameter in cli.model.named_parameters():
+            assert parameter.isfinite().all(), name
+            assert optimizer.state[parameter], name  # AdamW has none for weights that got no gradient
+        assert cli.model.model.num_classes == 10
 
     def test_later_configurations_win(self, capsys, tmp_path):
         own = tmp_path / "own.yaml"
