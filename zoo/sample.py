@@ -40,7 +40,7 @@ def run_sample(
     images = sample(pipeline, classes * grid, steps, guidance, seed)
     images = images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    save_image(images, output, nrow=len(classes))
+    save_image(images, output, nrow=len(classes), pad_value=0.5)
     print(f"{len(images)} samples, {steps} steps, guidance {guidance:g}, seed {seed}: {output}")
 
 
