@@ -140,7 +140,8 @@ class RectifiedFlow(LightningModule):
         raise UserError("a generative model has nothing to predict; `zoo sample` draws from it")
 
     def on_train_end(self) -> None:
-        if self.trainer.is_global_zero and self.trainer.logger is not None:  # without one, the folder is not the run's
+        # Without a logger the folder is not the run's; a trial run has none.
+        if self.trainer.is_global_zero and self.trainer.logger is not None and self.trainer.log_dir is not None:
             self.pipeline().save_pretrained(Path(self.trainer.log_dir) / "pipeline")
 
     def configure_optimizers(self) -> dict[str, Any]:
