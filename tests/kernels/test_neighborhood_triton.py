@@ -168,3 +168,16 @@ def test_refusals():
     x = torch.zeros(1, 4, 4, 1, 16, device=DEVICE, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"needs float16, bfloat16 or float32, got torch\.float64"):
         neighborhood_attention_2d(x, x, x, 3, backend="triton")
+
+
+def test_gradients_of_bias_and_queries_together(monkeypatch):
+    """In half precision one program goes through all blocks of a tile's keys, here two of them."""
+    monkeypatch.setattr(triton, "UNROLL_REUSE", 0)
+    monkeypatch.setattr(triton, "_query_gradient", None)  # not called
+    inputs, geometry = make(((1, 4, 5, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0), torch.float16)
+    grad_out, grad_lse = torch.randn_like(inputs[0]), torch.randn_like(inputs[0][..., 0]).float()
+    out, lse = triton.forward(*inputs, geometry, 0.3)
+    grads = triton.backward(grad_out, grad_lse, *inputs, out, lse, geometry, 0.3)
+    _, _, exact = expect(inputs, geometry, grad_out, grad_lse, 0.3)
+    for ours, expected in zip(grads, exact.values()):
+        assert (ours - expected).abs().max() <= 2e-3 * expected.abs().max()

@@ -29,6 +29,10 @@ PROGRAMS = 512
 # many heads at a time as stay within these bytes, and for one at least.
 UNROLL_REUSE = 4
 UNROLL_BYTES = 2**26
+# A program sums up the gradient of the bias for all keys of a tile at once where that takes so many registers of a
+# thread, and so much shared memory, at most.
+SUM_REGISTERS = 80
+SUM_BYTES = 2**17
 
 
 @lru_cache(maxsize=256)
@@ -134,16 +138,17 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
         "BORDER_X": borders[1],
         "PLAIN": plain,
     }
+    exact = s.dtype == torch.float32
     block_d = max(16, triton.next_power_of_2(dim))
     options = window_options | config.options() | {"RADIUS": s.radius, "dim": dim, "BLOCK_D": block_d}
-    options |= {"EVEN_D": block_d == dim, "PRECISION": "tf32" if s.tf32 else "ieee"}
+    options |= {"EVEN_D": block_d == dim, "PRECISION": "tf32" if s.tf32 else "ieee", "EXACT": exact}
     if kernel != "bias":
         # The last block may stick out by all but one of its members.
         bits = max(r + b for r, b in zip(reach, (config.block_y, config.block_x))) <= 32
         options |= {"BIAS": mode.value, "BITS": bits}
     if kernel == "forward":
         options["IMAGES"] = images
-    unroll_options = window_options | config.tile_options() | {"OF_KEYS": of_keys}
+    unroll_options = window_options | config.tile_options() | {"OF_KEYS": of_keys, "EXACT": exact}
     layout = (*most, *patterns, kinds[1], *blocks)
     return _Walk(programs, tiles, layout, shared, unrolled, options, unroll_options)
 
@@ -241,14 +246,25 @@ def _query_and_bias_gradients(
     """Fills `d_query` and `shift`; returns the gradient of the bias, and whether `d_key` and `d_value` were filled."""
     incoming = out, lse, grad_out, grad_lse, shift
     walk = p.walk("bias")
-    one_block = walk.layout[5:] == (1, 1) and p.extra == 0
-    whole = one_block and walk.tiles == (1, 1)
-    if whole or (one_block and p.bias is not None):
-        return _bias_gradient(p, *incoming[1:], d_query, d_key, d_value, True, whole), whole
+    whole = walk.layout[5:] == (1, 1) and p.extra == 0 and walk.tiles == (1, 1)
+    if whole or (p.bias is not None and p.extra == 0 and _takes_all_blocks(p, walk)):
+        return _bias_gradient(p, walk, *incoming, d_query, d_key, d_value, True, whole), whole
     _query_gradient(p, *incoming, d_query)
     if p.bias is None:
         return None, False
-    return _bias_gradient(p, *incoming[1:], d_query, d_key, d_value, False, False), False
+    return _bias_gradient(p, walk, *incoming, d_query, d_key, d_value, False, False), False
+
+
+def _takes_all_blocks(p: _Problem, walk: _Walk) -> bool:
+    """Whether one program can sum up the gradient of the bias for all blocks of a tile's keys."""
+    o, blocks = walk.options, math.prod(walk.layout[5:])
+    if blocks == 1:
+        return True
+    keys = blocks * o["BLOCK_Y"] * o["BLOCK_X"]
+    registers = keys * o["TILE_Y"] * o["TILE_X"] // (32 * o["num_warps"])
+    size = (o["num_stages"] - 1) * keys * (2 * o["BLOCK_D"] * p.query.element_size() + 4 * o["TILE_Y"] * o["TILE_X"])
+    # In float32 the sum over out * d_out, which such programs need, is not exact enough.
+    return walk.unrolled is not None and not o["EXACT"] and registers <= SUM_REGISTERS and size <= SUM_BYTES
 
 
 def _query_gradient(p: _Problem, out, lse, grad_out, grad_lse, shift, d_query) -> None:
@@ -301,14 +317,14 @@ def _key_value_gradients(p: _Problem, lse, grad_out, shift, d_key, d_value) -> N
 
 
 def _bias_gradient(
-    p: _Problem, lse, grad_out, grad_lse, shift, d_query, d_key, d_value, of_query: bool, of_key_value: bool
+    p: _Problem, walk, out, lse, grad_out, grad_lse, shift, d_query, d_key, d_value, of_query: bool, of_key_value: bool
 ) -> Tensor | None:
     """Gradient of the bias, if there is one. Also fills `d_query` and `shift`, or `d_key` and `d_value`, if asked."""
-    walk = p.walk("bias")
     blocks = math.prod(walk.layout[5:])
     options, rows = walk.options, len(walk.rows)
     pairs = blocks * options["TILE_Y"] * options["TILE_X"] * options["BLOCK_Y"] * options["BLOCK_X"]
     has_bias = p.bias is not None
+    unrolled = p.bias_arguments(walk)[0] if of_query and blocks > 1 else None
     # Tiles are summed up in parts, enough of them to fill the GPU; without a bias a part is one tile.
     part_tiles = max(1, walk.programs * blocks // BIAS_PROGRAMS) if has_bias else 1
     parts = sum(max(1, -(-tiles // part_tiles)) for tiles in walk.rows)
@@ -324,10 +340,12 @@ def _bias_gradient(
         some = min(some, p.heads - first)
         launch(
             _bias.gradient_kernel,
-            some * blocks * parts,
+            some * parts * (1 if of_query else blocks),
             (
                 *p.inputs,
                 p.bias,
+                unrolled,
+                out,
                 lse,
                 grad_out,
                 grad_out.stride(),
@@ -348,11 +366,11 @@ def _bias_gradient(
                 part_tiles,
                 p.scale,
             ),
-            {"QUERY": of_query, "KEY_VALUE": of_key_value} | options,
+            {"BLOCKS": blocks if of_query else 1, "QUERY": of_query, "KEY_VALUE": of_key_value} | options,
         )
         if not has_bias:
             return None
-        unroll_options = {k: v for k, v in walk.unroll_options.items() if k != "OF_KEYS"}
+        unroll_options = {k: v for k, v in walk.unroll_options.items() if k not in ("OF_KEYS", "EXACT")}
         launch(
             _bias.fold_kernel,
             some * rows * options["TILE_Y"] * p.bias.shape[1],
@@ -392,7 +410,7 @@ def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tens
             p.scale,
         ),
         {"BLOCK_E": block_e, "BLOCK_N": block_n, "num_stages": 2}
-        | {name: options[name] for name in ("dim", "BLOCK_D", "EVEN_D", "PRECISION")},
+        | {name: options[name] for name in ("dim", "BLOCK_D", "EVEN_D", "EXACT", "PRECISION")},
     )
     d_extra_key, d_extra_value = (part.sum(0).to(extra_key.dtype) for part in sums)
     return d_extra_key, d_extra_value

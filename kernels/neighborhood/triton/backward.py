@@ -10,8 +10,10 @@ import triton.language as tl
 from zoo.kernels.neighborhood.triton.common import (
     LOG2E,
     UNROLLED,
+    add_product,
     block_members,
     class_base,
+    exponential,
     keys_of_tile,
     load,
     mask_and_bias,
@@ -72,10 +74,12 @@ def query_kernel(
     EVEN_D: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
+    UNIT: tl.constexpr = 1.0 if EXACT else LOG2E
     batch, head, residue_y, residue_x, members_y, members_x, tile_y, tile_x = tile_of_program(
         tl.program_id(0), height, width, heads, dilation_y, dilation_x, TILE_Y, TILE_X
     )
@@ -96,7 +100,7 @@ def query_kernel(
     do = load(do_base + member_offsets(do_strides, qy, qx, d, dilation_y, dilation_x), q_inside, d, dim, EVEN_D)
     rows = class_base(0, r_strides, batch, head, residue_y, residue_x)
     rows += member_offset(r_strides, qy, qx, dilation_y, dilation_x)
-    q_lse = tl.load(lse + rows, mask=q_inside, other=0.0) * LOG2E
+    q_lse = tl.load(lse + rows, mask=q_inside, other=0.0) * UNIT
 
     start_y, end_y, low_y, high_y, full_low_y, full_high_y = keys_of_tile(
         qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y
@@ -118,7 +122,7 @@ def query_kernel(
     blocks_x = tl.cdiv(high_x - low_x, BLOCK_X)
     row_of_blocks = bias_layout[6] if BIAS == UNROLLED else blocks_x
     # sum(out * d_out) is sum(weights * d_weights) but for rounding, which counts in float32 where few keys are seen.
-    SWEEPS: tl.constexpr = 2 if query.dtype.element_ty == tl.float32 else 1
+    SWEEPS: tl.constexpr = 2 if EXACT else 1
     q_shift = tl.zeros([M], dtype=tl.float32)
     if SWEEPS == 1:
         q_shift += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -139,19 +143,19 @@ def query_kernel(
                 block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
                 TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
             )  # fmt: skip
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT) - q_lse[:, None]
             logits = mask_and_bias(
                 logits, bias, row * row_of_blocks + col, m, n, qy, qx, ky, kx,
                 start_y, end_y, start_x, end_x, low_y, low_x, full, None,
-                KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS,
+                KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS, EXACT,
             )  # fmt: skip
-            weights = tl.exp2(logits)
+            weights = exponential(logits, EXACT)
             d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if sweep + 1 < SWEEPS:
                 q_shift += tl.sum(weights * d_weights, 1)
             else:
                 d_logits = weights * (d_weights - q_shift[:, None])
-                dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
+                dq = add_product(dq, d_logits.to(k.dtype), k, EXACT, PRECISION)
 
         if extra_key is not None:
             ek_base = class_base(extra_key, ek_strides, batch, head, 0, 0)
@@ -160,14 +164,14 @@ def query_kernel(
                 token = first + tl.arange(0, BLOCK_E)
                 k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
                 v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
-                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
-                weights = tl.exp2(tl.where((token < extra)[None, :], logits, float("-inf")))
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT) - q_lse[:, None]
+                weights = exponential(tl.where((token < extra)[None, :], logits, float("-inf")), EXACT)
                 d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 if sweep + 1 < SWEEPS:
                     q_shift += tl.sum(weights * d_weights, 1)
                 else:
                     d_logits = weights * (d_weights - q_shift[:, None])
-                    dq = tl.dot(d_logits.to(k.dtype), k, dq, input_precision=PRECISION)
+                    dq = add_product(dq, d_logits.to(k.dtype), k, EXACT, PRECISION)
 
     dq_base = class_base(d_query, o_strides, batch, head, residue_y, residue_x)
     dq_pointers = dq_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
@@ -213,11 +217,13 @@ def key_value_kernel(
     EVEN_D: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Here the tile holds keys (M) and the blocks queries (N); logits are [M, N], the transpose of the forward's."""
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
+    UNIT: tl.constexpr = 1.0 if EXACT else LOG2E
     batch, head, residue_y, residue_x, members_y, members_x, tile_y, tile_x = tile_of_program(
         tl.program_id(0), height, width, heads, dilation_y, dilation_x, TILE_Y, TILE_X
     )
@@ -266,23 +272,23 @@ def key_value_kernel(
         q = load(q_block + q_offsets, q_inside, d, dim, EVEN_D)
         do = load(do_block + do_offsets, q_inside, d, dim, EVEN_D)
         rows = r_base + member_offset(r_strides, block_y, block_x, dilation_y, dilation_x) + r_offsets
-        q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * LOG2E  # no weight outside
+        q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * UNIT  # no weight outside
         q_shift = tl.load(shift + rows, mask=q_inside, other=0.0)
         full = sees_all(
             block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
             TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
         )  # fmt: skip
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) - q_lse[None, :]
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * UNIT) - q_lse[None, :]
         logits = mask_and_bias(
             logits, bias, row * row_of_blocks + col, m, n, ky, kx, qy, qx,
             start_y, end_y, start_x, end_x, low_y, low_x, full, None,
-            KERNEL_Y, KERNEL_X, M, N, True, RADIUS, BIAS, BITS,
+            KERNEL_Y, KERNEL_X, M, N, True, RADIUS, BIAS, BITS, EXACT,
         )  # fmt: skip
-        weights = tl.exp2(logits)
-        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+        weights = exponential(logits, EXACT)
+        dv = add_product(dv, weights.to(do.dtype), do, EXACT, PRECISION)
         d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_shift[None, :])
-        dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = add_product(dk, d_logits.to(q.dtype), q, EXACT, PRECISION)
 
     o_strides = strides_of(height, width, heads, dim)
     dk_base = class_base(d_key, o_strides, batch, head, residue_y, residue_x)
@@ -319,8 +325,10 @@ def extra_kernel(
     dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    UNIT: tl.constexpr = 1.0 if EXACT else LOG2E
     pid = tl.program_id(0)
     head = (pid % heads).to(tl.int64)
     pid = pid // heads
@@ -352,13 +360,14 @@ def extra_kernel(
             do_base + member_offsets(do_strides, place // width, place % width, d, 1, 1), q_inside, d, dim, EVEN_D
         )
         rows = (batch * tokens + place) * heads + head
-        q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * LOG2E
+        q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * UNIT
         q_shift = tl.load(shift + rows, mask=q_inside, other=0.0)
-        weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) - q_lse[None, :])
-        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * UNIT) - q_lse[None, :]
+        weights = exponential(logits, EXACT)
+        dv = add_product(dv, weights.to(do.dtype), do, EXACT, PRECISION)
         d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_shift[None, :])
-        dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = add_product(dk, d_logits.to(q.dtype), q, EXACT, PRECISION)
 
     to = ((part * batches + batch) * extra + token) * heads + head
     store(d_extra_key + to[:, None] * dim + d[None, :], dk * scale, inside, d, dim, EVEN_D)

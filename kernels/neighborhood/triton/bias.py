@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 
 from zoo.kernels.neighborhood.triton.common import (
-    FAR,
     LOG2E,
+    add_product,
+    block_members,
     classes_of_kind,
+    exponential,
     keys_of_tile,
     load,
     locate,
@@ -47,6 +49,7 @@ def unroll_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
     OF_KEYS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Lay out the bias of every pattern: one program per tile of either kind of class."""
     M: tl.constexpr = TILE_Y * TILE_X
@@ -88,7 +91,7 @@ def unroll_kernel(
         ny = low_y + block // blocks_x * BLOCK_Y + n // BLOCK_X
         nx = low_x + block % blocks_x * BLOCK_X + n % BLOCK_X
         visible = visibility(my, mx, ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, 0, False)
-        x = pair_bias(bias, head, my, mx, ny, nx, visible, KERNEL_Y, KERNEL_X, OF_KEYS)
+        x = pair_bias(bias, head, my, mx, ny, nx, visible, KERNEL_Y, KERNEL_X, OF_KEYS, EXACT)
         tl.store(to + block * (M * N) + m[:, None] * N + n[None, :], x)
 
 
@@ -129,6 +132,8 @@ def gradient_kernel(
     value,
     v_strides,
     bias,
+    unrolled,  # where BLOCKS > 1, see `unroll_kernel`
+    out,
     lse,
     d_out,
     do_strides,
@@ -166,23 +171,29 @@ def gradient_kernel(
     dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    BLOCKS: tl.constexpr,
     QUERY: tl.constexpr,
     KEY_VALUE: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum d_logits over the tiles of a part, for one block of their keys.
+    """Sum d_logits over the tiles of a part: for one block of their keys, or for all of them.
 
-    Where one block holds all keys of a tile, the gradient of its queries is made on the way (QUERY); where a tile
-    holds its whole class, so are those of keys and values (KEY_VALUE).
+    A program that goes through all BLOCKS of a tile makes the gradient of its queries on the way (QUERY); where the
+    tile holds its whole class, also those of keys and values (KEY_VALUE).
     """
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
+    UNIT: tl.constexpr = 1.0 if EXACT else LOG2E
     blocks_y, blocks_x = layout[5], layout[6]
     pid = tl.program_id(0)
     head = (first_head + pid % some_heads).to(tl.int64)
     pid = pid // some_heads
-    block = pid % (blocks_y * blocks_x)
-    part = pid // (blocks_y * blocks_x)
+    first_block = 0
+    part = pid
+    if not QUERY:
+        first_block = pid % (blocks_y * blocks_x)
+        part = pid // (blocks_y * blocks_x)
     row, start, total = 0, 0, 0
     for r in range(rows):
         _, _, classes_y, _, tiles_y, _, _, classes_x, _, tiles_x = tiles_of_row(
@@ -203,28 +214,32 @@ def gradient_kernel(
     q_inside = (qy < members_y) & (qx < members_x)
     start_y, end_y, low_y, high_y, _, _ = keys_of_tile(qy, first_y, members_y, TILE_Y, KERNEL_Y, STRIDE_Y, BORDER_Y)
     start_x, end_x, low_x, high_x, _, _ = keys_of_tile(qx, first_x, members_x, TILE_X, KERNEL_X, STRIDE_X, BORDER_X)
-    ky = low_y + block // blocks_x * BLOCK_Y + n // BLOCK_X
-    kx = low_x + block % blocks_x * BLOCK_X + n % BLOCK_X
-    k_inside = (ky < high_y) & (kx < high_x)
-    if RADIUS > 0:
-        seen_y = tl.where(k_inside, ky, ky + FAR)
+    held = None
+    if BLOCKS == 1:
+        ky, kx, k_inside = block_members(
+            low_y + first_block // blocks_x * BLOCK_Y, low_x + first_block % blocks_x * BLOCK_X, high_y, high_x,
+            n, BLOCK_X, RADIUS,
+        )  # fmt: skip
+        visible = visibility(qy, qx, ky, kx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS, False)
+        visible = visible & q_inside[:, None]
+        if bias is not None:
+            held = pair_bias(bias, head, qy, qx, ky, kx, visible, KERNEL_Y, KERNEL_X, False, EXACT)
+        else:
+            held = tl.where(visible, 0.0, float("-inf"))
     else:
-        seen_y = ky
-    visible = visibility(qy, qx, seen_y, kx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS, False)
-    visible = visible & q_inside[:, None]
-    if bias is not None:
-        pairs = pair_bias(bias, head, qy, qx, ky, kx, visible, KERNEL_Y, KERNEL_X, False)
-    else:
-        pairs = tl.where(visible, 0.0, float("-inf"))
+        unrolled += (row.to(tl.int64) * heads + head) * (BLOCKS * M * N)
     q_offsets = member_offsets(q_strides, qy, qx, d, dilation_y, dilation_x)
-    k_offsets = member_offsets(k_strides, ky, kx, d, dilation_y, dilation_x)
-    v_offsets = member_offsets(v_strides, ky, kx, d, dilation_y, dilation_x)
+    k_offsets = member_offsets(k_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
+    v_offsets = member_offsets(v_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
     do_offsets = member_offsets(do_strides, qy, qx, d, dilation_y, dilation_x)
     o_strides = strides_of(height, width, heads, dim)
     r_strides = strides_of(height, width, heads, 1)
     r_offsets = member_offset(r_strides, qy, qx, dilation_y, dilation_x)
+    o_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
 
-    acc = tl.zeros([M, N], dtype=tl.float32)
+    sums = ()
+    for _ in tl.static_range(BLOCKS):
+        sums = sums + (tl.zeros([M, N], dtype=tl.float32),)  # noqa: RUF005  (Triton has no starred tuples)
     first = (part - start) * part_tiles
     stop = tl.minimum(first + part_tiles, batches * classes_y * classes_x * tiles_y * tiles_x)
     for item in range(first, stop):
@@ -238,41 +253,57 @@ def gradient_kernel(
         at = token_base(0, r_strides, batch, y, x, head) + r_offsets
         q = load(q_tile + q_offsets, q_inside, d, dim, EVEN_D)
         do = load(do_tile + do_offsets, q_inside, d, dim, EVEN_D)
-        k = load(k_tile + k_offsets, k_inside, d, dim, EVEN_D)
-        v = load(v_tile + v_offsets, k_inside, d, dim, EVEN_D)
-        q_lse = tl.load(lse + at, mask=q_inside, other=0.0) * LOG2E
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) - q_lse[:, None]
-        weights = tl.exp2(tl.where(pairs == float("-inf"), pairs, logits + pairs))
-        d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        q_lse = tl.load(lse + at, mask=q_inside, other=0.0) * UNIT
+        dq = tl.zeros([M, BLOCK_D], dtype=tl.float32)
+        q_shift = tl.zeros([M], dtype=tl.float32)
+        if not QUERY:
+            q_shift += tl.load(shift + at, mask=q_inside, other=0.0)
+        elif BLOCKS > 1:
+            o = load(token_base(out, o_strides, batch, y, x, head) + o_offsets, q_inside, d, dim, EVEN_D)
+            q_shift += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if QUERY:
-            q_shift = tl.sum(weights * d_weights, 1)
             if d_lse is not None:
                 q_shift -= tl.load(d_lse + at, mask=q_inside, other=0.0)
+        added = ()
+        for i in tl.static_range(BLOCKS):
+            number = first_block + i
+            block_y, block_x = low_y + number // blocks_x * BLOCK_Y, low_x + number % blocks_x * BLOCK_X
+            ky, kx, k_inside = block_members(block_y, block_x, high_y, high_x, n, BLOCK_X, RADIUS)
+            k_block = k_tile + member_offset(k_strides, block_y, block_x, dilation_y, dilation_x)
+            v_block = v_tile + member_offset(v_strides, block_y, block_x, dilation_y, dilation_x)
+            k = load(k_block + k_offsets, k_inside, d, dim, EVEN_D)
+            v = load(v_block + v_offsets, k_inside, d, dim, EVEN_D)
+            pairs = held if BLOCKS == 1 else tl.load(unrolled + i * (M * N) + m[:, None] * N + n[None, :])
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT) - q_lse[:, None]
+            weights = exponential(tl.where(pairs == float("-inf"), pairs, logits + pairs), EXACT)
+            d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if QUERY:
+                if BLOCKS == 1:  # rounds less than the sum over out * d_out
+                    q_shift += tl.sum(weights * d_weights, 1)
+            d_logits = weights * (d_weights - q_shift[:, None])
+            added = added + (sums[i] + d_logits,)  # noqa: RUF005
+            if QUERY:
+                dq = add_product(dq, d_logits.to(k.dtype), k, EXACT, PRECISION)
+            if KEY_VALUE:
+                dk = tl.dot(tl.trans(d_logits.to(q.dtype)), q, input_precision=PRECISION)
+                dk_tile = token_base(d_key, o_strides, batch, y, x, head)
+                dk_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
+                store(dk_tile + dk_offsets, dk * scale, k_inside, d, dim, EVEN_D)
+                dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
+                dv_tile = token_base(d_value, o_strides, batch, y, x, head)
+                dv_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
+                store(dv_tile + dv_offsets, dv, k_inside, d, dim, EVEN_D)
+        sums = added
+        if QUERY:
             if not KEY_VALUE:
                 tl.store(shift + at, q_shift, mask=q_inside)
-        else:
-            q_shift = tl.load(shift + at, mask=q_inside, other=0.0)
-        d_logits = weights * (d_weights - q_shift[:, None])
-        if bias is not None:
-            acc += d_logits
-        if QUERY:
-            dq = tl.dot(d_logits.to(k.dtype), k, input_precision=PRECISION)
             dq_tile = token_base(d_query, o_strides, batch, y, x, head)
-            dq_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
-            store(dq_tile + dq_offsets, dq * scale, q_inside, d, dim, EVEN_D)
-        if KEY_VALUE:
-            dk = tl.dot(tl.trans(d_logits.to(q.dtype)), q, input_precision=PRECISION)
-            dk_tile = token_base(d_key, o_strides, batch, y, x, head)
-            dk_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
-            store(dk_tile + dk_offsets, dk * scale, k_inside, d, dim, EVEN_D)
-            dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
-            dv_tile = token_base(d_value, o_strides, batch, y, x, head)
-            dv_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
-            store(dv_tile + dv_offsets, dv, k_inside, d, dim, EVEN_D)
+            store(dq_tile + o_offsets, dq * scale, q_inside, d, dim, EVEN_D)
 
     if bias is not None:
-        place = (part.to(tl.int64) * some_heads + head - first_head) * (blocks_y * blocks_x) + block
-        tl.store(d_unrolled + place * (M * N) + m[:, None] * N + n[None, :], acc)
+        place = (part.to(tl.int64) * some_heads + head - first_head) * (blocks_y * blocks_x) + first_block
+        for i in tl.static_range(BLOCKS):
+            tl.store(d_unrolled + (place + i) * (M * N) + m[:, None] * N + n[None, :], sums[i])
 
 
 @triton.jit

@@ -44,6 +44,44 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+# Logits come in base 2, for which GPUs have an instruction; EXACT ones, of float32, in base e: the products with a
+# rounded constant and the instruction would each add as much error as plain torch makes in all.
+@triton.jit
+def exponential(x, EXACT: tl.constexpr):
+    """2 ** x; if EXACT, e ** x to about a unit in the last place."""
+    if EXACT:
+        whole = tl.floor(tl.maximum(x, -87.0) * LOG2E + 0.5)
+        r = tl.where(x < -87.0, 0.0, x - whole * LN2)  # at most ln(2) / 2, for which eight terms of the series do
+        y = ((r * (1 / 5040) + 1 / 720) * r + 1 / 120) * r + 1 / 24
+        y = (((y * r + 1 / 6) * r + 1 / 2) * r + 1.0) * r + 1.0
+        y *= ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)  # 2 ** whole
+        y = tl.where(x < -87.0, 0.0, y)
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
+def logarithm(top, total, EXACT: tl.constexpr):
+    """Natural logarithm of a sum of which `top` is taken out: that of `total` * 2 ** top or, if EXACT, * e ** top."""
+    y = tl.log(total)
+    if EXACT:
+        y += total * exponential(-y, True) - 1.0 + top
+    else:
+        y += top * LN2
+    return y
+
+
+@triton.jit
+def add_product(acc, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b. If EXACT, each product is added up by itself first: one long sum would round more."""
+    if EXACT:
+        acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)  # an addition would be drawn into the product
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit
 def locate(pid, heads, tiles_y, tiles_x, dilation_y, dilation_x):
     """Program number -> batch, head, residues, tile row, tile column. Heads first: they share cache lines."""
@@ -232,14 +270,15 @@ HELD = tl.constexpr(3)
 
 
 @triton.jit
-def pair_bias(bias, head, my, mx, ny, nx, visible, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, OF_KEYS):
-    """[M, N] base-2 bias of the pairs of a tile and a block, -inf where hidden."""
+def pair_bias(bias, head, my, mx, ny, nx, visible, KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, OF_KEYS, EXACT):
+    """[M, N] bias of the pairs of a tile and a block, -inf where hidden."""
     bias += head * ((2 * KERNEL_Y - 1) * (2 * KERNEL_X - 1))
     if OF_KEYS:
         offsets = tl.trans(bias_offsets(ny, nx, my, mx, KERNEL_Y, KERNEL_X))
     else:
         offsets = bias_offsets(my, mx, ny, nx, KERNEL_Y, KERNEL_X)
-    x = tl.load(bias + offsets, mask=visible, other=0.0).to(tl.float32) * LOG2E
+    UNIT: tl.constexpr = 1.0 if EXACT else LOG2E
+    x = tl.load(bias + offsets, mask=visible, other=0.0).to(tl.float32) * UNIT
     return tl.where(visible, x, float("-inf"))
 
 
@@ -327,8 +366,9 @@ def mask_and_bias(
     RADIUS: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Base-2 logits [M, N] of a tile and a block: the bias added, -inf where query and key do not see each other.
+    """Logits [M, N] of a tile and a block: the bias added, -inf where query and key do not see each other.
 
     M are the tile's members, at `my`, `mx`, that see those from start to end; N are the block's, at `ny`, `nx`. `pairs`
     [M, N] is HELD bias.
@@ -343,7 +383,8 @@ def mask_and_bias(
             offsets = tl.trans(bias_offsets(ny, nx, my, mx, KERNEL_Y, KERNEL_X))
         else:
             offsets = bias_offsets(my, mx, ny, nx, KERNEL_Y, KERNEL_X)
-        logits += tl.load(bias + offsets, mask=visible, other=0.0).to(tl.float32) * LOG2E
+        UNIT: tl.constexpr = 1.0 if EXACT else LOG2E
+        logits += tl.load(bias + offsets, mask=visible, other=0.0).to(tl.float32) * UNIT
         logits = tl.where(visible, logits, float("-inf"))
     elif BITS and RADIUS == 0:
         visible = visibility(my, mx, ny, nx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS, BITS)

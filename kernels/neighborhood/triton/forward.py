@@ -5,13 +5,15 @@ import triton.language as tl
 
 from zoo.kernels.neighborhood.triton.common import (
     HELD,
-    LN2,
     LOG2E,
     UNROLLED,
+    add_product,
     block_members,
     class_base,
+    exponential,
     keys_of_tile,
     load,
+    logarithm,
     mask_and_bias,
     member_offset,
     member_offsets,
@@ -26,12 +28,12 @@ from zoo.kernels.neighborhood.triton.common import (
 
 
 @triton.jit
-def accumulate(logits, value, acc, top, total, PRECISION: tl.constexpr):
-    """Fold one block of base-2 logits [M, N] and its values [N, D] into the running softmax."""
+def accumulate(logits, value, acc, top, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """Fold one block of logits [M, N] and its values [N, D] into the running softmax."""
     new_top = tl.maximum(top, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    weights = exponential(logits - new_top[:, None], EXACT)
+    shrink = exponential(top - new_top, EXACT)
+    acc = add_product(acc * shrink[:, None], weights.to(value.dtype), value, EXACT, PRECISION)
     return acc, new_top, total * shrink + tl.sum(weights, 1)
 
 
@@ -78,11 +80,13 @@ def forward_kernel(
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
     IMAGES: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program takes the same tile of IMAGES images in turn; of one, unless all keys of a tile are in one block."""
     M: tl.constexpr = TILE_Y * TILE_X
     N: tl.constexpr = BLOCK_Y * BLOCK_X
+    UNIT: tl.constexpr = 1.0 if EXACT else LOG2E
     group, head, residue_y, residue_x, members_y, members_x, tile_y, tile_x = tile_of_program(
         tl.program_id(0), height, width, heads, dilation_y, dilation_x, TILE_Y, TILE_X
     )
@@ -106,7 +110,7 @@ def forward_kernel(
     if BIAS == HELD:
         ky, kx, _ = block_members(low_y, low_x, high_y, high_x, n, BLOCK_X, RADIUS)
         visible = visibility(qy, qx, ky, kx, start_y, end_y, start_x, end_x, low_y, low_x, RADIUS, BITS)
-        pairs = pair_bias(bias, head, qy, qx, ky, kx, visible, KERNEL_Y, KERNEL_X, False)
+        pairs = pair_bias(bias, head, qy, qx, ky, kx, visible, KERNEL_Y, KERNEL_X, False, EXACT)
     elif BIAS > 0:
         bias = tile_bias(
             bias, bias_layout, head, heads, tile_y, tile_x, members_y, members_x,
@@ -139,13 +143,13 @@ def forward_kernel(
                 block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
                 TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
             )  # fmt: skip
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT)
             logits = mask_and_bias(
                 logits, bias, row * row_of_blocks + col, m, n, qy, qx, ky, kx,
                 start_y, end_y, start_x, end_x, low_y, low_x, full, pairs,
-                KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS,
+                KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS, EXACT,
             )  # fmt: skip
-            acc, top, total = accumulate(logits, v, acc, top, total, PRECISION)
+            acc, top, total = accumulate(logits, v, acc, top, total, EXACT, PRECISION)
 
         if extra_key is not None:
             ek_base = class_base(extra_key, ek_strides, batch, head, 0, 0)
@@ -154,13 +158,13 @@ def forward_kernel(
                 token = first + tl.arange(0, BLOCK_E)
                 k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
                 v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
-                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT)
                 logits = tl.where((token < extra)[None, :], logits, float("-inf"))
-                acc, top, total = accumulate(logits, v, acc, top, total, PRECISION)
+                acc, top, total = accumulate(logits, v, acc, top, total, EXACT, PRECISION)
 
         o_base = class_base(out, o_strides, batch, head, residue_y, residue_x)
         o_pointers = o_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
         store(o_pointers, acc / total[:, None], q_inside, d, dim, EVEN_D)
         rows = class_base(lse, r_strides, batch, head, residue_y, residue_x)
         rows += member_offset(r_strides, qy, qx, dilation_y, dilation_x)
-        tl.store(rows, top * LN2 + tl.log(total), mask=q_inside)
+        tl.store(rows, logarithm(top, total, EXACT), mask=q_inside)

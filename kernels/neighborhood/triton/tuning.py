@@ -31,6 +31,18 @@ class Config(NamedTuple):
         return self.tile_options() | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+WIDE = Config(4, 8, 2, 16, 4, 1)  # for float32 and the largest head dimensions
+
+
+def default(kernel: str, dim: int, small: bool) -> Config:
+    """Tile sizes that fit every GPU; `small` where one tile holds a whole class."""
+    if small:
+        return Config(8, 8, 8, 8, 4, 1)
+    if kernel == "bias":
+        return Config(4, 8, 2, 16, 2, 1)
+    return Config(4, 8, 2, 16, 2, 2) if dim <= 64 else Config(8, 8, 4, 16, 4, 2)
+
+
 @lru_cache
 def _table() -> dict:
     return json.loads((files(__package__) / "tuning.json").read_text())
@@ -48,7 +60,7 @@ def config(kernel: str, span: int, dim: int, dtype: torch.dtype, has_bias: bool,
     `span` is how many keys a tile of 8 queries meets along an axis, at most.
     """
     if dtype.itemsize > 2 or dim > 128:
-        return Config(4, 8, 2, 16, 4, 1)
+        return WIDE
     small = span <= 8  # one tile holds a whole class
     # The entry of the nearest span among those of the smallest head dimension that holds `dim`.
     entries = [
@@ -60,6 +72,6 @@ def config(kernel: str, span: int, dim: int, dtype: torch.dtype, has_bias: bool,
         and (entry["bias"] == has_bias or (kernel == "bias" and not small))
     ]
     if not entries:
-        return Config(8, 8, 8, 8, 4, 1) if small else Config(8, 8, 4, 16, 4, 2)
+        return default(kernel, dim, small)
     nearest = min(entries, key=lambda e: (e["dim"], abs(e["span"] - span)))
     return Config(*nearest["config"])
