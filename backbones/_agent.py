@@ -1,20 +1,19 @@
-"""What the Agent Transformers share: agents with their bias tables, blocks, and resizing of what depends on the map.
+"""What the Agent Transformers share: agents with their bias tables, and resizing of what depends on the map.
 
 Paper: `Agent Attention: On the Integration of Softmax and Linear Attention` - https://arxiv.org/abs/2312.08874
 """
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import CheckpointedBlock
 from zoo.backbones._checkpoint import AdaptedLoading
 from zoo.kernels import agent_attention, pool_agents
 from zoo.kernels.agent import sdpa
@@ -23,7 +22,6 @@ __all__ = [
     "TABLES",
     "AddPosition",
     "AgentAttention",
-    "AgentBlock",
     "DepthwiseConv",
     "adapt_pos_embed",
     "agent_cfg",
@@ -206,46 +204,6 @@ def adapt_pos_embed(state_dict: dict[str, Tensor], key: str, size: tuple[int, in
     table = table.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
     table = _resize_map(table, size[0], size[1], "bicubic").flatten(2).transpose(1, 2)
     state_dict[key] = torch.cat([prefix, table.to(prefix.dtype)], 1)
-
-
-class AgentBlock(CheckpointedBlock):
-    """Pre-norm transformer block of an attention, with agents or plain, and an MLP."""
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp_ratio: float = 4.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
-        device=None,
-        dtype=None,
-    ):
-        """
-        Args:
-            dim: Width of the tokens.
-            attn: The attention.
-            mlp_ratio: Hidden width of the MLP, in units of `dim`.
-            proj_drop: Dropout rate in the MLP.
-            drop_path: Stochastic depth rate.
-            norm_layer: Normalisation over the last axis.
-            act_layer: Activation of the MLP.
-        """
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = attn
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 def check_stages(num_stages: int | None = None, **per_stage: Sequence) -> None:

@@ -4,14 +4,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from timm.layers import PatchEmbed, create_classifier, get_device_dtype, global_pool_nlc, trunc_normal_
+from timm.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    create_classifier,
+    get_device_dtype,
+    global_pool_nlc,
+    trunc_normal_,
+)
 from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.backbones._checkpoint import CheckedLoading
 
-__all__ = ["Backbone", "Blocks", "CheckpointedBlock", "PaddedPatchEmbed", "Stage", "Stages"]
+__all__ = ["Backbone", "Blocks", "CheckpointedBlock", "PaddedPatchEmbed", "Stage", "Stages", "TransformerBlock"]
 
 
 # timm's patches as a map of [batch, height, width, channels], of an image of any size padded to whole patches
@@ -37,6 +45,70 @@ class CheckpointedBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class TransformerBlock(CheckpointedBlock):
+    """Pre-norm transformer block of an attention and an MLP, each with optional layer scale."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            dim: Width of the tokens.
+            attn: The attention.
+            mlp_ratio: Hidden width of the MLP, in units of `dim`.
+            init_values: Initial layer scale; None for no layer scale.
+            proj_drop: Dropout rate in the MLP.
+            drop_path: Stochastic depth rate.
+            norm_layer: Normalisation over the last axis.
+            act_layer: Activation of the MLP.
+        """
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.init_values = init_values
+
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+        # timm's LayerScale would name these `ls1.gamma` and `ls2.gamma`; the published weights do not.
+        self.gamma1 = nn.Parameter(torch.empty(dim, **dd)) if init_values is not None else None
+        self.gamma2 = nn.Parameter(torch.empty(dim, **dd)) if init_values is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.gamma1 is not None and self.gamma2 is not None:
+            nn.init.constant_(self.gamma1, self.init_values)
+            nn.init.constant_(self.gamma2, self.init_values)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._add(x, self.attn(self.norm1(x)))
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block's output, of its input and what attention makes of that."""
+        if self.gamma1 is not None:
+            y = self.gamma1 * y
+        x = x + self.drop_path1(y)
+
+        y = self.mlp(self.norm2(x))
+        if self.gamma2 is not None:
+            y = self.gamma2 * y
+        return x + self.drop_path2(y)
 
 
 class Stage(nn.Module):

@@ -15,7 +15,7 @@ from timm.models._hub import download_cached_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["AdaptedLoading", "CheckedLoading", "build_model", "checkpoint_filter_fn"]
+__all__ = ["AdaptedLoading", "CheckedLoading", "build_model", "checkpoint_filter_fn", "mismatches"]
 
 # The authors' trainers may leave their configuration in a file: a dict by another name, and read as one.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
@@ -60,7 +60,7 @@ class CheckedLoading:
             if hasattr(module, "adapt_state_dict"):
                 module.adapt_state_dict(adapted, f"{name}." if name else "")
         _add_counters(self, adapted)
-        problems = _mismatches(self, adapted, strict)
+        problems = mismatches(self, adapted, strict)
         if problems:
             raise RuntimeError("\n  ".join([f"weights do not fit {type(self).__name__}, nothing loaded:", *problems]))
         return super().load_state_dict(adapted, strict=strict, assign=assign)
@@ -85,7 +85,7 @@ def _add_counters(model: nn.Module, state_dict: dict[str, Any]) -> None:
             state_dict.setdefault(f"{prefix}num_batches_tracked", torch.tensor(0))
 
 
-def _mismatches(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> list[str]:
+def mismatches(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> list[str]:
     """What in `state_dict` does not fit `model`, and what would help; one line each."""
     expected = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     common = [k for k in expected if k in state_dict]

@@ -26,12 +26,11 @@ from zoo.backbones._agent import (
     TABLES,
     AddPosition,
     AgentAttention,
-    AgentBlock,
     DepthwiseConv,
     adapt_pos_embed,
     agent_cfg,
 )
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed
+from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 
 __all__ = ["AgentDeit", "AgentTokenAttention", "TokenAttention"]
@@ -112,8 +111,8 @@ class TokenAttention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
-class TokenBlock(AgentBlock):
-    """`AgentBlock` of a list of tokens, whose attention is told the size of the map."""
+class TokenBlock(TransformerBlock):
+    """`TransformerBlock` of a list of tokens, whose attention is told the size of the map."""
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """[batch, 1 + height * width, dim] -> [batch, 1 + height * width, dim]"""
@@ -122,8 +121,7 @@ class TokenBlock(AgentBlock):
         return self._forward(x, height, width)
 
     def _forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), height, width))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        return self._add(x, self.attn(self.norm1(x), height, width))
 
 
 class AgentDeit(AdaptedLoading, Backbone):

@@ -27,14 +27,13 @@ from zoo.backbones._agent import (
     TABLES,
     AddPosition,
     AgentAttention,
-    AgentBlock,
     DepthwiseConv,
     adapt_pos_embed,
     agent_cfg,
     check_stages,
     map_sizes,
 )
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed
+from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 
 __all__ = ["AgentPvt", "AgentReducedAttention"]
@@ -170,7 +169,7 @@ class AgentPvt(AdaptedLoading, Backbone):
                 **dd,
             )
             blocks = [
-                AgentBlock(
+                TransformerBlock(
                     dim,
                     AgentReducedAttention(
                         dim, num_heads[i], num_agents[i], self.sizes[i], sr_ratios[i], proj_drop=proj_drop_rate, **dd

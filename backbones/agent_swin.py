@@ -22,8 +22,8 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from zoo.backbones._agent import TABLES, AgentAttention, AgentBlock, DepthwiseConv, agent_cfg, check_stages, map_sizes
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages
+from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
+from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages, TransformerBlock
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.backbones.gc_vit import WindowAttention
 from zoo.kernels import window_attention_2d
@@ -197,7 +197,7 @@ class AgentSwin(AdaptedLoading, Backbone):
         self.layers = Stages()
         for stage, dim in enumerate(dims):
             blocks = [
-                AgentBlock(
+                TransformerBlock(
                     dim,
                     attention(stage, i),
                     mlp_ratio=mlp_ratio,

@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath,
     LayerType,
-    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     get_norm_layer,
@@ -27,7 +25,7 @@ from timm.layers import (
 from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, CheckpointedBlock, Stages
+from zoo.backbones._backbone import Backbone, Stages, TransformerBlock
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
@@ -148,8 +146,8 @@ class WindowAttention(AdaptedLoading, nn.Module):
         state_dict[name] = resized.to(table.dtype)
 
 
-class GlobalContextBlock(CheckpointedBlock):
-    """Pre-norm transformer block of window attention and an MLP, each with optional layer scale."""
+class GlobalContextBlock(TransformerBlock):
+    """`TransformerBlock` of window attention, perhaps with global queries."""
 
     def __init__(
         self,
@@ -157,14 +155,10 @@ class GlobalContextBlock(CheckpointedBlock):
         num_heads: int,
         window_size: int | tuple[int, int] = 7,
         use_global: bool = False,
-        mlp_ratio: float = 4.0,
-        init_values: float | None = None,
         proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
         device=None,
         dtype=None,
+        **kwargs,
     ):
         """
         Args:
@@ -172,34 +166,12 @@ class GlobalContextBlock(CheckpointedBlock):
             num_heads: Number of attention heads.
             window_size: Side of the attention window.
             use_global: Whether attention takes the global query.
-            mlp_ratio: Hidden width of the MLP, in units of `dim`.
-            init_values: Initial layer scale; None for no layer scale.
             proj_drop: Dropout rate of the attention's output and in the MLP.
-            drop_path: Stochastic depth rate.
-            norm_layer: Normalisation over the last axis.
-            act_layer: Activation of the MLP.
+            kwargs: Other options of `TransformerBlock`.
         """
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.init_values = init_values
-
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = WindowAttention(dim, num_heads, window_size, use_global, proj_drop=proj_drop, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-        # timm's LayerScale would name these `ls1.gamma` and `ls2.gamma`; the published weights do not.
-        self.gamma1 = nn.Parameter(torch.empty(dim, **dd)) if init_values is not None else None
-        self.gamma2 = nn.Parameter(torch.empty(dim, **dd)) if init_values is not None else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.gamma1 is not None and self.gamma2 is not None:
-            nn.init.constant_(self.gamma1, self.init_values)
-            nn.init.constant_(self.gamma2, self.init_values)
+        attn = WindowAttention(dim, num_heads, window_size, use_global, proj_drop=proj_drop, **dd)
+        super().__init__(dim, attn, proj_drop=proj_drop, **dd, **kwargs)
 
     def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
         """[batch, height, width, dim] -> [batch, height, width, dim]; for `q_global` see `WindowAttention`"""
@@ -208,15 +180,7 @@ class GlobalContextBlock(CheckpointedBlock):
         return self._forward(x, q_global)
 
     def _forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
-        y = self.attn(self.norm1(x), q_global)
-        if self.gamma1 is not None:
-            y = self.gamma1 * y
-        x = x + self.drop_path1(y)
-
-        y = self.mlp(self.norm2(x))
-        if self.gamma2 is not None:
-            y = self.gamma2 * y
-        return x + self.drop_path2(y)
+        return self._add(x, self.attn(self.norm1(x), q_global))
 
 
 class GlobalContextBlocks(nn.ModuleList):

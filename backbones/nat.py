@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    DropPath,
     LayerType,
-    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     get_norm_layer,
@@ -29,7 +27,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, CheckpointedBlock, Stage, Stages
+from zoo.backbones._backbone import Backbone, Stage, Stages, TransformerBlock
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import neighborhood_attention_2d
 
@@ -131,8 +129,8 @@ class NeighborhoodAttention(AdaptedLoading, nn.Module):
         state_dict[f"{prefix}rpb"] = resized.to(table.dtype)
 
 
-class NeighborhoodBlock(CheckpointedBlock):
-    """Pre-norm transformer block of neighborhood attention and an MLP, each with optional layer scale."""
+class NeighborhoodBlock(TransformerBlock):
+    """`TransformerBlock` of neighborhood attention."""
 
     def __init__(
         self,
@@ -140,14 +138,10 @@ class NeighborhoodBlock(CheckpointedBlock):
         num_heads: int,
         kernel_size: int | tuple[int, int] = 7,
         dilation: int | tuple[int, int] = 1,
-        mlp_ratio: float = 4.0,
-        init_values: float | None = None,
         proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
         device=None,
         dtype=None,
+        **kwargs,
     ):
         """
         Args:
@@ -155,45 +149,12 @@ class NeighborhoodBlock(CheckpointedBlock):
             num_heads: Number of attention heads.
             kernel_size: Side of the attention window.
             dilation: Distance between neighbours in the window.
-            mlp_ratio: Hidden width of the MLP, in units of `dim`.
-            init_values: Initial layer scale; None for no layer scale.
             proj_drop: Dropout rate of the attention's output and in the MLP.
-            drop_path: Stochastic depth rate.
-            norm_layer: Normalisation over the last axis.
-            act_layer: Activation of the MLP.
+            kwargs: Other options of `TransformerBlock`.
         """
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.init_values = init_values
-
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = NeighborhoodAttention(dim, num_heads, kernel_size, dilation, proj_drop=proj_drop, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-        # timm's LayerScale would name these `ls1.gamma` and `ls2.gamma`; the published weights do not.
-        self.gamma1 = nn.Parameter(torch.empty(dim, **dd)) if init_values is not None else None
-        self.gamma2 = nn.Parameter(torch.empty(dim, **dd)) if init_values is not None else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.gamma1 is not None and self.gamma2 is not None:
-            nn.init.constant_(self.gamma1, self.init_values)
-            nn.init.constant_(self.gamma2, self.init_values)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        y = self.attn(self.norm1(x))
-        if self.gamma1 is not None:
-            y = self.gamma1 * y
-        x = x + self.drop_path1(y)
-
-        y = self.mlp(self.norm2(x))
-        if self.gamma2 is not None:
-            y = self.gamma2 * y
-        return x + self.drop_path2(y)
+        attn = NeighborhoodAttention(dim, num_heads, kernel_size, dilation, proj_drop=proj_drop, **dd)
+        super().__init__(dim, attn, proj_drop=proj_drop, **dd, **kwargs)
 
 
 class ConvEmbed(nn.Module):

@@ -1,14 +1,19 @@
 """Whole models on one GPU: images per second and peak memory, inference and training, eager and compiled.
 
-    python scripts/bench_models.py [NAME ...] [--modes inference training] [--ways eager compiled] [--sizes 224 512]
-                                   [--batch 256 128] [--accelerate] [--seconds 560] [--output FILE]
+    python scripts/bench_models.py [NAME ...] [--accelerate NAME ...] [--modes inference training]
+                                   [--ways eager compiled] [--sizes 224 512] [--batch 256 128] [--warm 16]
+                                   [--missing] [--seconds 560] [--output FILE]
 
 bfloat16 autocast on synthetic images; training is a forward and backward pass and a step of fused AdamW. What is timed
 is first compared with the same model in float32 on the CPU: the outputs, and for training every gradient. Where they
 differ the cell says so and has no figure. Both memory formats are tried eagerly, and the faster one is compiled.
 
-Batches are those at 224 pixels; at other sizes they change so that the number of pixels stays. Cells are kept in a
-.json beside the table, so that several runs can share the work: a run replaces the cells it measured.
+Eager figures come first, size by size, then the compiled ones, in the order of the names; all are measured alone. What
+takes long is compiling: `--warm` does it beforehand in as many processes, which leave what they made in the caches.
+
+Batches are those up to 256 pixels; at larger sizes they shrink so that the number of pixels stays that of 224. Cells
+are kept in a .json beside the table, so that several runs can share the work: a run replaces the cells that it
+measured, or with `--missing` only measures those that have no figure yet.
 """
 
 from __future__ import annotations
@@ -16,11 +21,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +34,22 @@ from typing import NamedTuple
 import timm
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn.functional import cross_entropy
 
 import zoo
 from measure import first_line, gpu_slug, markdown_table, versions
 
-NAMES = ("nat_tiny", "dinat_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny")
+NAMES = (
+    "gc_vit_tiny",
+    "gcvit_tiny",
+    "dinat_tiny",
+    "swin_tiny_patch4_window7_224",
+    "biformer_tiny",
+    "agent_swin_tiny",
+    "nat_tiny",
+    "convnext_tiny",
+)
 MODES, WAYS = ("inference", "training"), ("eager", "compiled")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 # Inference: of the largest output. Training: of the norm of all gradients, too. Tried on the CPU, bfloat16 autocast of
@@ -83,8 +99,8 @@ def create(job: Job) -> nn.Module:
 
 
 def batch_at(size: int, batch: int) -> int:
-    """The batch with as many pixels as `batch` images of 224 pixels a side, and even."""
-    return max(2, 2 * round(batch * (224 / size) ** 2 / 2))
+    """`batch`; of larger images as many as have the pixels of `batch` images of 224 pixels a side, and even."""
+    return batch if size <= 256 else max(2, 2 * round(batch * (224 / size) ** 2 / 2))
 
 
 def outputs_and_gradients(
@@ -100,7 +116,7 @@ def outputs_and_gradients(
     return out.detach().float().cpu(), [g.float().cpu() for g in grads if g is not None]
 
 
-@lru_cache(maxsize=1)
+@cache
 def exact_results(job: Job) -> tuple[Tensor, list[Tensor]]:
     """Two images through the model in float32 on the CPU; jobs that differ in nothing else share them."""
     model = create(job)
@@ -130,18 +146,22 @@ def error_of(model: nn.Module, call: Callable, job: Job, layout: torch.memory_fo
     return error
 
 
-def measure(job: Job, layout: str, compile_mode: str) -> dict:
-    """Images per second, peak memory in GiB, and the error, after it was found small enough."""
+def ready(job: Job, layout: str, compile_mode: str) -> tuple[nn.Module, Callable]:
+    """The model on the GPU, and what to call."""
     model = create(job)
     if job.accelerate:
         zoo.accelerate(model)
-    memory_format = LAYOUTS[layout]
-    model = model.to(DEVICE, memory_format=memory_format)
-    call = torch.compile(model, mode=compile_mode) if job.way == "compiled" else model
-    error = error_of(model, call, job, memory_format)
+    model = model.to(DEVICE, memory_format=LAYOUTS[layout])
+    return model, torch.compile(model, mode=compile_mode) if job.way == "compiled" else model
+
+
+def measure(job: Job, layout: str, compile_mode: str) -> dict:
+    """Images per second, peak memory in GiB, and the error, after it was found small enough."""
+    model, call = ready(job, layout, compile_mode)
+    error = error_of(model, call, job, LAYOUTS[layout])
     if not error <= ALLOWED[job.mode]:
         raise ValueError(f"differs from float32 on the CPU by {error:.2g}")
-    images = torch.randn(job.batch, 3, job.size, job.size, device=DEVICE).contiguous(memory_format=memory_format)
+    images = torch.randn(job.batch, 3, job.size, job.size, device=DEVICE).contiguous(memory_format=LAYOUTS[layout])
     labels = torch.randint(1000, (job.batch,), device=DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -194,6 +214,57 @@ def best_of(job: Job, layouts: list[str], compile_mode: str) -> dict | str:
     return max(found, key=lambda result: result["images"], default=reason)
 
 
+def settle() -> None:
+    """How this process runs models."""
+    warnings.filterwarnings("ignore")
+    torch.backends.cudnn.benchmark = True
+    inductor.autotune_local_cache = False  # what was fastest among other processes is not known
+
+
+def settle_worker() -> None:
+    """The same in one of many processes."""
+    settle()
+    inductor.compile_threads = 1
+    torch.set_num_threads(1)
+
+
+def compile_one(work: tuple[Job, str, str]) -> str:
+    """In a worker: leave in the caches what `measure` compiles. Says what came of it; nothing depends on that."""
+    job, layout, compile_mode = work
+    began = time.time()
+    for _ in range(10):
+        try:
+            model, call = ready(job, layout, compile_mode)
+            images, labels = (x.repeat(job.batch // 2, *[1] * (x.dim() - 1)).to(DEVICE) for x in two_images(job.size))
+            outputs_and_gradients(model, call, images.contiguous(memory_format=LAYOUTS[layout]), labels, amp=True)
+            return f"{job.row} {job.mode} compiled in {time.time() - began:.0f} s"
+        except torch.cuda.OutOfMemoryError:  # the others have it
+            reason = "out of memory"
+        except Exception as error:  # it will come up again where it is measured
+            reason = first_line(error)
+            break
+        finally:
+            model = call = images = None
+            tidy()
+        time.sleep(5)
+    return f"{job.row} {job.mode} not compiled beforehand: {reason}"
+
+
+def compile_all(work: list[tuple[Job, str, str]], workers: int, seconds: float) -> None:
+    """`compile_one` in many processes; what is not done in time is given up."""
+    end = time.time() + seconds
+    # Training takes longest: first.
+    work = sorted(work, key=lambda item: item[0].mode != "training")
+    with multiprocessing.get_context("spawn").Pool(workers, settle_worker) as pool:
+        results = pool.imap_unordered(compile_one, work)
+        for done in range(len(work)):
+            try:
+                print(results.next(max(0.0, end - time.time())), flush=True)
+            except multiprocessing.TimeoutError:
+                print(f"{len(work) - done} of {len(work)} not compiled in {seconds:.0f} s", flush=True)
+                break
+
+
 def cell(result: dict | str | None) -> str:
     """Images per second and peak memory, or why there are none."""
     if not isinstance(result, dict):
@@ -232,47 +303,62 @@ def report(sizes: dict[str, dict], about: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(NAMES), help="models, ours or timm's")
+    parser.add_argument("--accelerate", nargs="*", default=[], metavar="NAME", help="models of timm's with our kernels")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--sizes", nargs="+", type=int, default=[224], help="pixels a side")
     parser.add_argument("--batch", nargs=2, type=int, default=(256, 128), metavar=("INFERENCE", "TRAINING"))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="memory formats to try")
     parser.add_argument("--compile-mode", default="default", help="torch.compile's mode")
-    parser.add_argument("--accelerate", action="store_true", help="switch timm's modules to our kernels first")
+    parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile in N processes beforehand")
+    parser.add_argument("--missing", action="store_true", help="only what the table has no figure of")
     parser.add_argument("--seconds", type=float, default=560, help="start no further figure after this time")
     parser.add_argument("--output", type=Path, help="the table; scripts/results/models_<gpu>.md by default")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA GPU")
     start = time.time()
-    warnings.filterwarnings("ignore")
-    torch.backends.cudnn.benchmark = True
+    settle()
     output = args.output or Path(__file__).parent / "results" / f"models_{gpu_slug()}.md"
     store, about = output.with_suffix(".json"), versions()
     saved = json.loads(store.read_text()) if store.is_file() else {}
     # Figures of other versions are not to be compared with these.
     sizes = saved["sizes"] if saved.get("about") == about else {}
-    for size in args.sizes:
-        table = sizes.setdefault(str(size), {"batch": {}, "rows": {}})
-        for name in args.names:
-            for mode in args.modes:
-                batch = batch_at(size, args.batch[MODES.index(mode)])
-                table["batch"][mode] = batch
-                layouts = args.layouts
-                for way in args.ways:
-                    job = Job(name, size, batch, mode, way, args.accelerate)
-                    if time.time() - start > args.seconds:
-                        print(f"no time for {job}", flush=True)
-                        continue
-                    began = time.time()
-                    results = table["rows"].setdefault(job.row, {})
-                    eager = results.get(f"{mode} eager")
-                    if way == "compiled" and isinstance(eager, dict):
-                        layouts = [eager["layout"]]
-                    results[f"{mode} {way}"] = result = best_of(job, layouts, args.compile_mode)
-                    store.write_text(json.dumps({"about": about, "sizes": sizes}, indent=1) + "\n")
-                    output.write_text(report(sizes, about))
-                    print(f"{size} {job.row} {mode} {way}: {cell(result)}, {time.time() - began:.0f} s", flush=True)
+
+    def results_of(job: Job) -> dict:
+        return sizes.setdefault(str(job.size), {"batch": {}, "rows": {}})["rows"].setdefault(job.row, {})
+
+    def layouts_of(job: Job) -> list[str]:
+        eager = results_of(job).get(f"{job.mode} eager")
+        return [eager["layout"]] if job.way == "compiled" and isinstance(eager, dict) else args.layouts
+
+    jobs = [
+        Job(name, size, batch_at(size, args.batch[MODES.index(mode)]), mode, way, accelerate)
+        for way in WAYS
+        if way in args.ways
+        for size in args.sizes
+        for accelerate, names in ((False, args.names), (True, args.accelerate))
+        for name in names
+        for mode in args.modes
+    ]
+    if args.missing:
+        jobs = [job for job in jobs if not isinstance(results_of(job).get(f"{job.mode} {job.way}"), dict)]
+    for job in jobs:
+        if args.warm and job.way == "compiled":
+            left = args.seconds - (time.time() - start)
+            work = [(j, layout, args.compile_mode) for j in jobs if j.way == "compiled" for layout in layouts_of(j)]
+            compile_all(work, args.warm, 0.6 * left)
+            args.warm = 0
+        if time.time() - start > args.seconds:
+            print(f"no time for {job}", flush=True)
+            continue
+        began = time.time()
+        result = best_of(job, layouts_of(job), args.compile_mode)
+        results_of(job)[f"{job.mode} {job.way}"] = result
+        sizes[str(job.size)]["batch"][job.mode] = job.batch
+        store.write_text(json.dumps({"about": about, "sizes": sizes}, indent=1) + "\n")
+        output.write_text(report(sizes, about))
+        print(f"{job.size} {job.row} {job.mode} {job.way}: {cell(result)}, {time.time() - began:.0f} s", flush=True)
     print(report(sizes, about) + f"\nwritten to {output} after {time.time() - start:.0f} s")
 
 

@@ -8,7 +8,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import zoo  # noqa: F401  (registers the models)
-from zoo.backbones._agent import AgentBlock
+from zoo.backbones._backbone import TransformerBlock
 from zoo.backbones.agent_cswin import CSwinBlock
 from zoo.backbones.biformer import BiFormerBlock
 from zoo.backbones.gc_vit import GlobalContextBlock
@@ -70,7 +70,7 @@ FAMILIES = {
         ("agent_deit_base",),
         size=dict(img_size=64, embed_dim=32, depth=5, num_heads=2),
         short=dict(depth=2, agent_depth=1),
-        block=AgentBlock,
+        block=TransformerBlock,
         no_decay=(*_TABLES, "*.ac_bias", "*.ca_bias", "cls_token", "pos_embed"),
         output_fmt="NLC",
         reductions=None,
@@ -82,7 +82,7 @@ FAMILIES = {
         ("agent_pvt_tiny",),
         size=dict(img_size=64, embed_dims=(16, 32, 40, 64), depths=(1, 2, 1, 1), num_heads=(1, 2, 5, 8)),
         short=dict(depths=(1, 1, 1, 1)),
-        block=AgentBlock,
+        block=TransformerBlock,
         no_decay=(*_TABLES, "pos_embed?"),
         **_AGENTS,
     ),
@@ -91,7 +91,7 @@ FAMILIES = {
         ("agent_swin_base",),
         size=dict(img_size=64, embed_dim=16, depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8)),
         short=dict(depths=(1, 1, 3, 1), agent_depths=(1, 0, 1, 0)),
-        block=AgentBlock,
+        block=TransformerBlock,
         no_decay=(*_TABLES, "*.relative_position_bias_table"),
         **_AGENTS,
     ),

@@ -9,6 +9,7 @@ from zipfile import is_zipfile
 import torch
 from lightning.pytorch import LightningModule
 
+from zoo.backbones._checkpoint import mismatches
 from zoo.errors import UserError
 
 
@@ -60,14 +61,6 @@ def read_lightning_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def check_fits(checkpoint: dict[str, Any], model: LightningModule, path: str | Path) -> None:
     """Raise a :class:`UserError` unless the checkpoint's weights are those of ``model``, by name and shape."""
-    have = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
-    shapes = sorted(name for name in want.keys() & have.keys() if want[name] != have[name])
-    problems = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
-        if names
-    ]
+    problems = mismatches(model, checkpoint["state_dict"], strict=True)
     if problems:
         raise UserError(f"the weights in {path} do not fit the model: {'; '.join(problems)}")

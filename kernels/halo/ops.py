@@ -8,6 +8,7 @@ of the logits, which only its gradient, `zoo::halo_attention_2d_backward`, may u
 import torch
 from torch import Tensor
 
+from zoo.kernels._autograd import register_gradient
 from zoo.kernels._launch import device_of
 from zoo.kernels.halo import tiled
 from zoo.kernels.neighborhood import ops as neighborhood
@@ -44,10 +45,12 @@ def _run(direction: str, query: Tensor, value: Tensor, backend: str, *arguments)
         return getattr(tiled, direction)(*arguments)
 
 
-@torch.library.impl("zoo::halo_attention_2d", "CompositeExplicitAutograd")
 def _forward(query, key, value, rel_height, rel_width, block_size, halo_size, stride, scale, backend="auto"):
     inputs = query, key, value, rel_height, rel_width
     return _run("forward", query, value, backend, *inputs, block_size, halo_size, stride, scale)
+
+
+torch.library.impl("zoo::halo_attention_2d", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("zoo::halo_attention_2d")
@@ -57,7 +60,6 @@ def _forward_fake(query, key, value, *_):
     return query.new_empty(*rows, value.shape[-1]), query.new_empty(rows, dtype=lse_dtype)
 
 
-@torch.library.impl("zoo::halo_attention_2d_backward", "CompositeExplicitAutograd")
 def _backward(
     grad_out, query, key, value, rel_height, rel_width, out, lse, block_size, halo_size, stride, scale, backend="auto"
 ):
@@ -67,34 +69,13 @@ def _backward(
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 
+torch.library.impl("zoo::halo_attention_2d_backward", "CompositeExplicitAutograd", _backward)
+
+
 @torch.library.register_fake("zoo::halo_attention_2d_backward")
 def _backward_fake(grad_out, query, key, value, rel_height, rel_width, *_):
     inputs = query, key, value, rel_height, rel_width
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-class _Attention(torch.autograd.Function):
-    """See its namesake in `zoo.kernels.neighborhood.ops`."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.zoo.halo_attention_2d(*arguments)
-        ctx.save_for_backward(*arguments[:5], out, lse)
-        ctx.options = arguments[5:]
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad_out, _):
-        *inputs, out, lse = ctx.saved_tensors
-        grads = torch.ops.zoo.halo_attention_2d_backward(grad_out, *inputs, out, lse, *ctx.options)
-        return *(None if x is None else grad for x, grad in zip(inputs, grads)), *(None for _ in ctx.options)
-
-
-@torch.library.impl("zoo::halo_attention_2d", "Autograd")
-def _autograd(*arguments):
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
-        return _Attention.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.zoo.halo_attention_2d(*arguments)
+register_gradient("halo_attention_2d", _forward, _backward, inputs=5)

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.kernels._autograd import register_gradient
 from zoo.kernels._launch import device_of
 from zoo.kernels.neighborhood import tiled
 
@@ -155,47 +155,4 @@ def _backward_fake(grad_out, grad_lse, query, key, value, rel_pos_bias, extra_ke
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-def _watched(x: Tensor) -> bool:
-    """Whether something has to see the operators that run on `x`: a mode, a transform, a kind of tensor."""
-    return (
-        x.is_meta
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def _below_autograd(*arguments):
-    if not _watched(arguments[0]):  # the dispatcher takes longer than a small map
-        return _forward(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.zoo.neighborhood_attention_2d(*arguments)
-
-
-class _Attention(torch.autograd.Function):
-    """What `torch.library.register_autograd` makes, without its share of the time of a small call, which is half."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        out, lse = _below_autograd(*arguments)
-        ctx.save_for_backward(*arguments[:6], out, lse)
-        ctx.options = arguments[6:]
-        ctx.set_materialize_grads(False)  # the log-sum-exp seldom has a gradient
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        *inputs, out, lse = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        backward = torch.ops.zoo.neighborhood_attention_2d_backward if _watched(grad_out) else _backward
-        grads = backward(grad_out, grad_lse, *inputs, out, lse, *ctx.options)
-        return *(None if x is None else grad for x, grad in zip(inputs, grads)), *(None for _ in ctx.options)
-
-
-@torch.library.impl("zoo::neighborhood_attention_2d", "Autograd")
-def _autograd(*arguments):
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:6]):
-        return _Attention.apply(*arguments)
-    return _below_autograd(*arguments)
+register_gradient("neighborhood_attention_2d", _forward, _backward, inputs=6, differentiable=2)

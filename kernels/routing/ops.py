@@ -8,6 +8,7 @@ is "triton", "tiled", or "auto" for the first of them that can run the call.
 import torch
 from torch import Tensor
 
+from zoo.kernels._autograd import register_gradient
 from zoo.kernels._launch import device_of
 from zoo.kernels.neighborhood.ops import takes_triton
 from zoo.kernels.routing import regions, tiled
@@ -32,7 +33,6 @@ def _implementation(query: Tensor, backend: str):
     return tiled
 
 
-@torch.library.impl("zoo::routing_attention_2d", "CompositeExplicitAutograd")
 def _forward(query, key, value, region_size, topk, scale, soft=False, backend="auto"):
     region_size = tuple(region_size)
     with torch.autocast(query.device.type, enabled=False), device_of(query):  # sums stay in float32
@@ -42,6 +42,9 @@ def _forward(query, key, value, region_size, topk, scale, soft=False, backend="a
         implementation = _implementation(query, backend)
         out, lse = implementation.forward(query, key, value, routes, weights, region_size, scale)
     return out, lse, routes
+
+
+torch.library.impl("zoo::routing_attention_2d", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("zoo::routing_attention_2d")
@@ -55,7 +58,6 @@ def _forward_fake(query, key, value, region_size, topk, *_):
     )
 
 
-@torch.library.impl("zoo::routing_attention_2d_backward", "CompositeExplicitAutograd")
 def _backward(grad_out, query, key, value, out, lse, routes, region_size, topk, scale, soft=False, backend="auto"):
     region_size = tuple(region_size)
     weights = None
@@ -75,20 +77,12 @@ def _backward(grad_out, query, key, value, out, lse, routes, region_size, topk, 
     return d_query, d_key, d_value
 
 
+torch.library.impl("zoo::routing_attention_2d_backward", "CompositeExplicitAutograd", _backward)
+
+
 @torch.library.register_fake("zoo::routing_attention_2d_backward")
 def _backward_fake(grad_out, query, key, value, *_):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.options = inputs[3:]
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _autograd_backward(ctx, grad_out, *_):
-    grads = torch.ops.zoo.routing_attention_2d_backward(grad_out, *ctx.saved_tensors, *ctx.options)
-    return *grads, *(None for _ in ctx.options)
-
-
-torch.library.register_autograd("zoo::routing_attention_2d", _autograd_backward, setup_context=_setup_context)
+register_gradient("routing_attention_2d", _forward, _backward, inputs=3)

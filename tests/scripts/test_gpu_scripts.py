@@ -291,7 +291,50 @@ def test_model_errors(bench_models, monkeypatch, mode):
 
 
 def test_batches_keep_the_pixels(bench_models):
-    assert [bench_models.batch_at(size, 256) for size in (224, 448, 512, 1024, 8192)] == [256, 64, 48, 12, 2]
+    assert [bench_models.batch_at(size, 256) for size in (192, 256, 448, 512, 1024, 8192)] == [
+        256, 256, 64, 48, 12, 2
+    ]  # fmt: skip
+
+
+def test_models_in_several_runs(bench_models, monkeypatch, tmp_path):
+    """A run adds to the table of an earlier one, takes its memory format, and passes over what is there."""
+    seen = []
+
+    def best_of(job, layouts, compile_mode):
+        seen.append((job.row, job.way, *layouts))
+        if job.name == "b" and job.way == "compiled":
+            return "too hard"
+        return {"images": 1.0, "memory": 1.0, "error": 0.0, "layout": layouts[-1]}
+
+    monkeypatch.setattr(bench_models, "best_of", best_of)
+    monkeypatch.setattr(bench_models, "versions", lambda: "v")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_models, "settle", lambda: None)
+    warmed = []
+    monkeypatch.setattr(bench_models, "compile_all", lambda work, *_: warmed.extend(work))
+
+    def run(*arguments):
+        seen.clear()
+        fixed = "--modes", "inference", "--output", str(tmp_path / "models.md")
+        monkeypatch.setattr("sys.argv", ["bench_models.py", *arguments, *fixed])
+        bench_models.main()
+        return seen
+
+    both = "contiguous", "channels last"
+    assert run("a", "b", "--accelerate", "a", "--ways", "eager") == [
+        ("a", "eager", *both), ("b", "eager", *both), ("a, accelerated", "eager", *both)
+    ]  # fmt: skip
+    assert run("a", "b", "--missing", "--warm", "2") == [
+        ("a", "compiled", "channels last"), ("b", "compiled", "channels last")
+    ]  # fmt: skip
+    assert [(job.name, *rest) for job, *rest in warmed] == [(name, "channels last", "default") for name in "ab"]
+    assert run("a", "b", "--missing") == [("b", "compiled", "channels last")]
+    assert run("a", "--seconds", "-1") == []
+    lines = (tmp_path / "models.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith(("| a |", "| b |"))] == [
+        "| a | 1 (1.0) | 1 (1.0) | - | - | inference channels last | 0.000 |",
+        "| b | 1 (1.0) | too hard | - | - | inference channels last | 0.000 |",
+    ]
 
 
 def test_models_report(bench_models):

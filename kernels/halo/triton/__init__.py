@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.kernels._launch import launch
 from zoo.kernels.halo.triton import backward as _backward
 from zoo.kernels.halo.triton import forward as _forward
 
@@ -72,8 +73,11 @@ def forward(query, key, value, rel_height, rel_width, block_size, halo_size, str
     out = query.new_empty(*query.shape[:-1], p.v_dim)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() > 0:
-        _forward.forward_kernel[(p.programs(p.query_parts, p.batch),)](
-            *p.inputs(slice(None)), out, out.stride(), lse, *p.sizes, **p.options
+        launch(
+            _forward.forward_kernel,
+            p.programs(p.query_parts, p.batch),
+            (*p.inputs(slice(None)), out, out.stride(), lse, *p.sizes),
+            p.options,
         )
     return out, lse
 
@@ -105,26 +109,33 @@ def _backward_images(p: _Problem, images: slice, out, lse, d_out, d_query, d_key
     shift = torch.empty_like(lse)
     programs = p.programs(p.query_parts, count)
     d_tables = lse.new_empty(programs if p.has_rel else 0, 2, 2 * p.win - 1, p.dim)
-    _backward.query_kernel[(programs,)](
-        *inputs,
-        out,
-        out.stride(),
-        lse,
-        d_out,
-        d_out.stride(),
-        shift,
-        d_query,
-        d_query.stride(),
-        d_tables,
-        *p.sizes,
-        **p.options,
+    launch(
+        _backward.query_kernel,
+        programs,
+        (
+            *inputs,
+            out,
+            out.stride(),
+            lse,
+            d_out,
+            d_out.stride(),
+            shift,
+            d_query,
+            d_query.stride(),
+            d_tables,
+            *p.sizes,
+        ),
+        p.options,
     )
     d_keys, d_values = (lse.new_empty(count, *p.blocks, p.win**2, p.heads, dim) for dim in (p.dim, p.v_dim))
-    _backward.window_kernel[(p.programs(p.key_parts, count),)](
-        *inputs, lse, d_out, d_out.stride(), shift, d_keys, d_values, *p.sizes, **p.options
+    launch(
+        _backward.window_kernel,
+        p.programs(p.key_parts, count),
+        (*inputs, lse, d_out, d_out.stride(), shift, d_keys, d_values, *p.sizes),
+        p.options,
     )
     for windows, sums in ((d_keys, d_key), (d_values, d_value)):
         rows, channels = sums.shape[0] * sums.shape[1], p.heads * sums.shape[-1]
         parts = triton.cdiv(sums.shape[2] * channels, SUM_SIZE)
-        _backward.sum_kernel[(rows * parts,)](windows, sums, *p.blocks, channels, N=SUM_SIZE, **p.window)
+        launch(_backward.sum_kernel, rows * parts, (windows, sums, *p.blocks, channels), p.window | {"N": SUM_SIZE})
     return d_tables.sum(0)

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.kernels._launch import launch
 from zoo.kernels.routing import regions
 from zoo.kernels.routing.triton import backward as _backward
 from zoo.kernels.routing.triton import forward as _forward
@@ -42,7 +43,7 @@ class _Problem:
         tile, block, num_warps, num_stages = config(block_d, query.element_size())
         block_m = max(16, min(tile, triton.next_power_of_2(self.tokens)))
         self.tiles = -(-self.tokens // block_m)
-        self.grid = (self.batch * self.heads * self.regions * self.tiles,)
+        self.programs = self.batch * self.heads * self.regions * self.tiles
         cols = regions.grid(*query.shape[1:3], region_size)[1]
         map_shape, region_shape = query.shape[1:], (self.regions, cols, *region_size)
         self.scalars = *map_shape, *region_shape, self.topk, self.tiles, scale
@@ -64,15 +65,11 @@ def forward(query, key, value, routes, weights, region_size, scale) -> tuple[Ten
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() > 0:
-        _forward.forward_kernel[p.grid](
-            *p.inputs,
-            routes,
-            p.weights,
-            out,
-            out.stride(),
-            lse,
-            *p.scalars,
-            **p.options,
+        launch(
+            _forward.forward_kernel,
+            p.programs,
+            (*p.inputs, routes, p.weights, out, out.stride(), lse, *p.scalars),
+            p.options,
         )
     return out, lse
 
@@ -90,40 +87,48 @@ def backward(
     parts = lse  # never written
     if weights is not None:
         parts = lse.new_empty(p.batch, p.heads, p.regions, p.tiles, p.topk, p.tokens)
-    _backward.query_kernel[p.grid](
-        *p.inputs,
-        routes,
-        p.weights,
-        out,
-        out.stride(),
-        lse,
-        grad_out,
-        grad_out.stride(),
-        shift,
-        d_query,
-        d_query.stride(),
-        parts,
-        *p.scalars,
-        **p.options,
+    launch(
+        _backward.query_kernel,
+        p.programs,
+        (
+            *p.inputs,
+            routes,
+            p.weights,
+            out,
+            out.stride(),
+            lse,
+            grad_out,
+            grad_out.stride(),
+            shift,
+            d_query,
+            d_query.stride(),
+            parts,
+            *p.scalars,
+        ),
+        p.options,
     )
     # Who chose a region: its numbers in the table, sorted. Atomic sums would need no such list, but differ by run.
     numbers, visits = routes.flatten(1).sort(stable=True)
     every = torch.arange(p.regions, device=routes.device).expand(p.batch, -1).contiguous()
     ends = torch.searchsorted(numbers, every, right=True)
-    _backward.key_value_kernel[p.grid](
-        *p.inputs,
-        visits,
-        ends,
-        p.weights,
-        lse,
-        grad_out,
-        grad_out.stride(),
-        shift,
-        d_key,
-        d_key.stride(),
-        d_value,
-        d_value.stride(),
-        *p.scalars,
-        **p.options,
+    launch(
+        _backward.key_value_kernel,
+        p.programs,
+        (
+            *p.inputs,
+            visits,
+            ends,
+            p.weights,
+            lse,
+            grad_out,
+            grad_out.stride(),
+            shift,
+            d_key,
+            d_key.stride(),
+            d_value,
+            d_value.stride(),
+            *p.scalars,
+        ),
+        p.options,
     )
     return d_query, d_key, d_value, None if weights is None else parts.sum((1, 3, 5))

@@ -1,0 +1,68 @@
+"""Gradients of the registered operators, at little cost to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def register_gradient(name: str, forward: Callable, backward: Callable, inputs: int, differentiable: int = 1) -> None:
+    """Make `zoo::{name}_backward` the gradient of `zoo::{name}`.
+
+    What `torch.library.register_autograd` does, without its share of the time of a small call, which is half.
+
+    Args:
+        name: That of the operator: `name(*inputs, *options)` returns a tuple of tensors, and `name_backward(*grads,
+            *inputs, *outputs, *options)` the gradients of the inputs. An input may be None, and its gradient is not
+            looked at then.
+        forward: What runs the operator.
+        backward: What runs its gradient.
+        inputs: How many of the arguments are inputs: tensors, the first always present, or None.
+        differentiable: How many of the outputs have a gradient, the first of them always, the others perhaps None.
+    """
+
+    def below_autograd(*arguments):
+        if not _watched(arguments[0]):  # the dispatcher takes longer than a small map
+            return forward(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.zoo, name)(*arguments)
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            outputs = below_autograd(*arguments)
+            ctx.save_for_backward(*arguments[:inputs], *outputs)
+            ctx.options = arguments[inputs:]
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*outputs[differentiable:])
+            return outputs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad_out, *grads):
+            saved = ctx.saved_tensors
+            if grad_out is None:
+                grad_out = torch.zeros_like(saved[inputs])
+            run = getattr(torch.ops.zoo, f"{name}_backward") if _watched(grad_out) else backward
+            found = run(grad_out, *grads[: differentiable - 1], *saved, *ctx.options)
+            found = (None if x is None else grad for x, grad in zip(saved[:inputs], found))
+            return *found, *(None for _ in ctx.options)
+
+    @torch.library.impl(f"zoo::{name}", "Autograd")
+    def autograd(*arguments):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:inputs]):
+            return Operator.apply(*arguments)
+        return below_autograd(*arguments)
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether something has to see the operators that run on `x`: a mode, a transform, a kind of tensor."""
+    return (
+        x.is_meta
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
