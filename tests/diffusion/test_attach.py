@@ -294,6 +294,16 @@ def test_compile_before_attaching():
     assert max_error(run(compiled, first), dense) < 1e-6
 
 
+def test_compile_with_inductor():
+    """To machine code; the graph of one block, as diffusers' `compile_repeated_blocks` makes it."""
+    model, call = make_model("flux", small=True), make_call("flux", 4, 6)
+    torch._dynamo.reset()
+    with attach(model, ClearAttnProcessor(2)):
+        expected = run(model, call)
+        model.single_transformer_blocks[0].compile(fullgraph=True)
+        assert max_error(run(model, call), expected) < 1e-5
+
+
 def test_compile_after_attaching():
     """The values of Flux's ids cannot be read in a graph: an error says what to do, and a given grid will do."""
     model, call = make_model("flux", small=True), make_call("flux", 4, 6)

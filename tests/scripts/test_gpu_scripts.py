@@ -36,6 +36,19 @@ def bench_models():
 
 
 @pytest.fixture
+def bench_diffusion():
+    return importlib.import_module("bench_diffusion")
+
+
+@pytest.fixture
+def check_diffusion(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS.parent / "tests"))
+    module = importlib.import_module("check_diffusion")
+    monkeypatch.setattr(module.diffusers.utils.logging, "set_verbosity_error", lambda: None)  # it would last
+    return module
+
+
+@pytest.fixture
 def check_kernels(monkeypatch):
     module = importlib.import_module("check_kernels")
     monkeypatch.setattr(module, "DEVICE", "cpu")
@@ -55,7 +68,7 @@ def test_help(name, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["bench_gpu", "bench_models", "check_kernels"])
+@pytest.mark.parametrize("name", ["bench_diffusion", "bench_gpu", "bench_models", "check_diffusion", "check_kernels"])
 def test_without_a_gpu(name, monkeypatch):
     monkeypatch.setattr("sys.argv", [f"{name}.py"])
     with pytest.raises(SystemExit, match="needs a CUDA GPU"):
@@ -344,3 +357,102 @@ def test_models_report(bench_models):
     line = text.splitlines()[-1]
     assert line == "| nat_tiny | 12,346 (3.2) | out of memory | - | - | inference channels last | 0.012 |"
     assert "224 x 224 pixels, inference at batch 256" in text
+
+
+# Diffusion models
+
+
+def test_diffusion_figures(bench_diffusion, monkeypatch, tmp_path, capsys):
+    """Toy models through the whole script: what is wrong has no figure, and a later run adds to the first."""
+    clear, window = bench_diffusion.FLUX_ATTENTION["CLEAR, radius 8"]
+    wrong = clear, window._replace(radius=7)
+    large = bench_diffusion.FLUX_ATTENTION["neighborhood 32"]
+    few = {"CLEAR, radius 8": (clear, window), "CLEAR, radius 16": wrong, "neighborhood 32": large}
+    monkeypatch.setattr(bench_diffusion, "FLUX_ATTENTION", few)
+    for kind in ("flux", "unet"):
+        arguments = f"x.py --tiny --budget 0 --output {tmp_path} --only {kind} --flux-sizes 256"
+        monkeypatch.setattr("sys.argv", arguments.split())
+        bench_diffusion.main()
+    results = json.loads((tmp_path / "diffusion_tiny.json").read_text())["results"]
+    flux, unet = results["flux"]["256"], results["unet"]["tiny, 64"]
+    for result in (flux["dense"], flux["CLEAR, radius 8"], *unet.values()):
+        assert result["ms"] > 0 and result["repeats"] == 1
+    assert flux["dense"]["from blocks"] > 0
+    assert all(0 < result["error"] <= 1 for result in (flux["CLEAR, radius 8"], unet["agents"], unet["merging"]))
+    assert flux["CLEAR, radius 16"].startswith("ValueError: wrong: out")
+    assert flux["neighborhood 32"].startswith("ValueError: kernel_size * dilation may not exceed the map: 32 x 32")
+    text = (tmp_path / "diffusion_tiny.md").read_text()
+    assert f"| CLEAR, radius 8 | {bench_diffusion.milliseconds(flux['CLEAR, radius 8'], flux['dense'])} |" in text
+    assert "| tiny, 64 x 64 |" in text and capsys.readouterr().out.count(text) == 1
+
+
+def test_checks_of_agents(bench_diffusion, monkeypatch):
+    """A kernel that is wrong is noticed, and so is a check that compares nothing."""
+    scale = bench_diffusion.TINY
+    model = bench_diffusion.create(bench_diffusion.UNet2DConditionModel, scale.unets["tiny"], "cpu")
+    call = bench_diffusion.unet_call(model, 64)
+    real = bench_diffusion.agent_attention
+    monkeypatch.setattr(bench_diffusion, "agent_attention", lambda *args, **scales: 1.1 * real(*args, **scales))
+    assert "wrong: out" in bench_diffusion.unet_figures(model, call, 0, 1, 0)
+    assert isinstance(bench_diffusion.unet_figures(model, call, bench_diffusion.AGENT_STEPS, 1, 0), dict)
+    with pytest.raises(ValueError, match="nothing was compared"):
+        bench_diffusion.Verdict().raise_if_wrong()
+
+
+def test_sums_of_blocks(bench_diffusion, monkeypatch):
+    """Every part counts as often as it runs, by a clock that ticks once a reading."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(bench_diffusion.time, "perf_counter", lambda: float(next(ticks)))
+    model = bench_diffusion.create(bench_diffusion.FluxTransformer2DModel, bench_diffusion.TINY.flux, "cpu")
+    call = bench_diffusion.flux_call(model, 64, 5)
+    result = bench_diffusion.summed_times(model, lambda: model(**call), 0)
+    # A block reads the clock twice, the whole besides: 1 tick in each of 4 blocks, 5 between them.
+    assert result["summed"] == {"double": 1e3, "single": 1e3, "rest": 5e3}
+    assert result["ms"] == 1e3 * (3 + 3 + 5)
+    assert len(model.transformer_blocks) == 3 and not model.transformer_blocks[0]._forward_hooks
+
+
+def test_what_tokens_see(bench_diffusion):
+    """Text sees and is seen by all; the rest as the operators have it."""
+    window = bench_diffusion.Window((4, 4))
+    seen = bench_diffusion.sees(window, torch.arange(3 + 36), 6, 3)
+    assert seen[:3].all() and seen[:, :3].all()
+    assert (seen[3:, 3:].sum(1) == 16).all()
+    circle = bench_diffusion.sees(bench_diffusion.Window(radius=2), torch.arange(36), 6, 0)
+    assert circle[0].nonzero().flatten().tolist() == [0, 1, 6, 7]
+
+
+def test_diffusion_report(bench_diffusion):
+    """Ratios are to dense attention of the same size, and sums of blocks are marked."""
+    summed = {"double": 1.0, "single": 2.0, "rest": 3.0}
+    dense = {"ms": 6000.0, "memory": 30.0, "backend": "CUDNN", "from blocks": 5940.0}
+    rows = {
+        "4096": {"dense": dense, "CLEAR, radius 8": {"ms": 1500.0, "memory": 31.0, "error": 0.25}},
+        "8192": {"dense": {**dense, "summed": summed}, "CLEAR, radius 8": "out of memory"},
+    }
+    unet = {"dense": dense, "agents": {**dense, "ms": 4000.0, "error": 0.5}, "merging": {**dense, "ms": 5000.0}}
+    text = bench_diffusion.report({"flux": rows, "unet": {"SDXL, 1024": unet}}, "v", tiny=False)
+    assert "| dense | 6,000 | 6,000 * | - |" in text
+    assert "| CLEAR, radius 8 | 1,500 (4.00x) | out of memory | 0.25 |" in text
+    assert "sums of blocks differ from whole forwards by at most 1.0 %" in text
+    assert (
+        "| SDXL, 1024 x 1024 | 6,000 | 4,000 (1.50x) | 5,000 (1.20x) | 1.30x | 30.0, 30.0, 30.0 | cudnn | 0.50 |"
+        in text
+    )
+
+
+def test_checks_of_models(check_diffusion, monkeypatch, tmp_path, capsys):
+    """Every check of a kind passes on the CPU, and one that must not pass has the last word."""
+    monkeypatch.setitem(check_diffusion.LOCAL, "no window", check_diffusion.ClearAttnProcessor(99))
+    monkeypatch.setitem(check_diffusion.LOCAL, "large window", check_diffusion.NeighborhoodAttnProcessor(9))
+    monkeypatch.setattr("sys.argv", f"x.py --cpu --kinds flux --output {tmp_path / 'log'}".split())
+    with pytest.raises(SystemExit) as exit_:
+        check_diffusion.main()
+    assert exit_.value.code == 1
+    _, *lines, failed = (tmp_path / "log").read_text().splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("ok")] == [
+        f"ok    flux, {name}" for name in [*check_diffusion.COVERING, *list(check_diffusion.LOCAL)[:-2], "threads"]
+    ]
+    assert "FAIL  flux, no window: the window makes no difference" in lines
+    assert any(line.startswith("FAIL  flux, large window: ValueError: kernel_size * dilation") for line in lines)
+    assert failed.startswith("2 failed")
