@@ -52,7 +52,7 @@ from measure import (
 DEVICE, BACKEND = "cuda", "triton"
 OPERATORS = ("neighborhood", "circular")
 CHOSEN = list(OPERATORS)  # those that named checks cover; --operators sets it
-FAMILY = 10  # problems in a family
+FAMILY = 25  # problems in a family
 
 
 # Random problems
