@@ -99,19 +99,23 @@ CIRCULAR = [
 OPERATORS = {"neighborhood": NEIGHBORHOOD, "circular": CIRCULAR}
 # What holds a row back, by its label: for rows that miss their aim. By the machine code and the times of the kernels.
 _ISSUE = (
-    "instructions rather than memory or products: masks, bias and exponentials fill about half of the issue slots, at "
-    "16 warps a multiprocessor; backward, logits are made three times, for queries, for keys and for the bias, whose "
-    "sums take the registers that more warps would need"
+    "instructions rather than memory or products: masks, bias and exponentials; backward, logits are made twice, for "
+    "queries and bias, and for keys"
 )
-_HOST = "backward, the host: launches take longer than the kernels, see the times in parentheses"
+_HOST = "backward, the host: launches and autograd take longer than the kernels, see the times in parentheses"
+_KEYS = "backward, registers: those of keys and values take all that a thread can have, so few warps run at once"
+_TEXT = "backward, the text: a kernel of its own makes its gradients, and the products once more"
 LIMITS: dict[str, str] = {
-    "128 x 56 x 56, 2 x 32, 7, 1": _ISSUE,
+    "128 x 56 x 56, 2 x 32, 7, 8": _HOST,
     "128 x 28 x 28, 4 x 32, 7, 4": _HOST,
-    "128 x 14 x 14, 8 x 32, 7, 1": f"{_HOST}; on the GPU as the first row",
+    "128 x 14 x 14, 8 x 32, 7, 1": _HOST,
     "128 x 7 x 7, 16 x 32, 7, 1": _HOST,
-    "16 x 96 x 96, 6 x 32, 11, 1": "backward, as the first row",
-    "8 x 128 x 128, 4 x 32, 7, 1": "as the first row",
-    "4 x 128 x 128, 8 x 64, 13, 1": "backward, as the first row",
+    "8 x 128 x 128, 4 x 32, 7, 1": _HOST,
+    "4 x 128 x 128, 8 x 64, 13, 1": _ISSUE,
+    "8 x 256 x 256, 4 x 64, 7, 1": _ISSUE,
+    "1 x 256 x 256, 24 x 128, 32, 1": _KEYS,
+    "1 x 256 x 256, 24 x 128, 80, 1": _KEYS,
+    **{f"1 x 64 x 64, 24 x 128, radius {radius}": _TEXT for radius in (8, 16, 32)},
 }
 
 
