@@ -27,7 +27,7 @@ class Family:
     size: dict
     """Arguments with which any variant has a few narrow blocks. Kernels, dilations and options stay its own."""
     short: dict
-    """Arguments with which the small model has fewer blocks, to be compiled."""
+    """Arguments with which the small model has as few blocks as show every part, to be traced and compiled."""
     block: type[nn.Module]
     """What gradient checkpointing recomputes, and a group of parameters for layer decay."""
     no_decay: tuple[str, ...] = ()
@@ -49,8 +49,9 @@ class Family:
 
 _NEIGHBORHOOD = dict(block=NeighborhoodBlock, no_decay=("*.attn.rpb",), drawn=(".rpb", ".gamma1", ".gamma2"))
 _STAGES = dict(
-    size=dict(embed_dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 4, 8)), short=dict(depths=(2, 1, 1, 1))
-)  # fmt: skip
+    size=dict(embed_dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 4, 8)),
+    short=dict(depths=(2, 1), num_heads=(1, 2), dilations=((1, 8), (1,))),
+)
 
 _AGENTS = dict(drawn=("_bias", "_bias_table"), license="unknown")
 _TABLES = ("*.an_bias", "*.na_bias", "*.ah_bias", "*.aw_bias", "*.ha_bias", "*.wa_bias")
@@ -90,7 +91,7 @@ FAMILIES = {
         5,
         ("agent_swin_base",),
         size=dict(img_size=64, embed_dim=16, depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8)),
-        short=dict(depths=(1, 1, 3, 1), agent_depths=(1, 0, 1, 0)),
+        short=dict(depths=(1, 2), num_heads=(1, 2), num_agents=(9, 16), agent_depths=(1, 0)),
         block=TransformerBlock,
         no_decay=(*_TABLES, "*.relative_position_bias_table"),
         **_AGENTS,
@@ -109,7 +110,7 @@ FAMILIES = {
         12,
         ("gc_vit_small",),
         size=_STAGES["size"],
-        short=dict(depths=(2, 1), num_heads=(1, 2), window_ratio=(32, 32)),
+        short=dict(depths=(2, 1), num_heads=(1, 2), window_ratio=(16, 16)),
         block=GlobalContextBlock,
         no_decay=("*.attn.relative_position_bias_table",),
         drawn=(".relative_position_bias_table", ".gamma1", ".gamma2"),
@@ -120,7 +121,7 @@ FAMILIES = {
         ("biformer_tiny", "biformer_stl", "biformer_stl_nchw"),
         # Large regions, whose choice does not hang on the rounding of a few numbers.
         size=dict(_STAGES["size"], n_win=2),
-        short=_STAGES["short"],
+        short=dict(depths=(1, 1), num_heads=(1, 2), topks=(2, None)),
         block=BiFormerBlock,
         output_fmt="NCHW",
         sizes=((96, 160), (32, 64)),  # the authors' STL models leave out what is no whole patch

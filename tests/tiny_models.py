@@ -132,7 +132,11 @@ _MODELS = {
 _SMALL = {
     "flux": {"num_layers": 1, "num_single_layers": 1},
     "hunyuan": {"num_layers": 2},
-    "unet": {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("UpBlock2D",) * 2},
+    "unet": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": None,
+        "up_block_types": ("UpBlock2D",) * 2,
+    },
 }
 
 _CALLS = {

@@ -168,7 +168,7 @@ def test_tiled_matches_reference(call, chunk):
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"extra": 2}, {"extra": 1, "bias": False}], ids=str)
 @pytest.mark.parametrize("args", [((3, 2), (2, 1), (1, 2), (True, False)), ((4, 3), (1, 2), (1, 1), (False, False))])
 def test_gradcheck(args, options):
-    qkv, options = make((1, 7, 4, 2, 2) if args[0] == (3, 2) else (1, 5, 7, 1, 2), args[0], **options)
+    qkv, options = make((1, 7, 3, 2, 2) if args[0] == (3, 2) else (1, 5, 6, 1, 2), args[0], **options)
 
     def call(*inputs):
         named = dict(zip(options, inputs[3:], strict=True))

@@ -13,17 +13,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = "query", "key", "value", "rel_pos_bias", "extra_key", "extra_value"
 
 # shape, kernel_size, dilation, stride, is_causal, bias, extra tokens
+# With a bias, the interpreter takes long for kernels that are high: wide ones are folded by fewer programs.
 CASES = {
     "smaller than a tile": ((2, 3, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "one past a tile": ((1, 5, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "several tiles": ((1, 10, 5, 1, 8), (3, 3), (1, 1), (1, 1), (False, False), False, 0),
     "an interior": ((1, 13, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
     "one block, several images": ((5, 3, 3, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 0),
-    "heads and padded head_dim": ((1, 3, 5, 2, 12), (3, 5), (1, 1), (1, 1), (False, False), True, 0),
+    "heads and padded head_dim": ((1, 3, 5, 2, 12), (2, 3), (1, 1), (1, 1), (False, False), True, 0),
     "window over several blocks": ((1, 9, 6, 1, 16), (7, 5), (1, 1), (1, 1), (False, False), False, 0),
-    "even": ((1, 5, 4, 1, 16), (4, 2), (1, 1), (1, 1), (False, False), True, 0),
-    "dilated, classes of two lengths": ((1, 7, 5, 1, 16), (3, 2), (2, 2), (1, 1), (False, False), True, 0),
-    "strided": ((1, 6, 4, 1, 16), (4, 3), (1, 1), (3, 2), (False, False), True, 0),
+    "even": ((1, 4, 5, 1, 16), (2, 4), (1, 1), (1, 1), (False, False), True, 0),
+    "dilated, classes of two lengths": ((1, 5, 7, 1, 16), (2, 3), (2, 2), (1, 1), (False, False), True, 0),
+    "strided": ((1, 4, 6, 1, 16), (3, 4), (1, 1), (2, 3), (False, False), True, 0),
     "causal": ((1, 5, 4, 1, 16), (3, 4), (1, 1), (1, 1), (True, False), True, 0),
     "causal and strided": ((1, 7, 4, 1, 16), (3, 4), (1, 1), (2, 1), (False, True), False, 0),
     "extra tokens": ((1, 3, 4, 1, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 3),
@@ -95,7 +96,7 @@ def test_through_the_public_function():
     bias = inputs[3].requires_grad_()
 
     def call(backend, *inputs):
-        out = neighborhood_attention_2d(*inputs[:3], (4, 2), rel_pos_bias=inputs[3], backend=backend)
+        out = neighborhood_attention_2d(*inputs[:3], (2, 4), rel_pos_bias=inputs[3], backend=backend)
         return out, *torch.autograd.grad(out.sum(), inputs)
 
     fused = call("triton", q, k, v, bias)
