@@ -1,8 +1,6 @@
 """Lightning's command line, as ``zoo fit``, ``validate``, ``test`` and ``predict`` run it."""
 
-import csv
 import sys
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -11,6 +9,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from zoo.checkpoints import check_fits, read_lightning_checkpoint
 from zoo.data import Digits, ImageFolder, ReportSkipped  # noqa: F401  (so that short class names resolve)
 from zoo.errors import UserError
+from zoo.evaluation import WritePredictions
 from zoo.recipes import resolve_recipes
 from zoo.task import Classification
 
@@ -67,17 +66,7 @@ class RecipeCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Run prediction and write ``predictions.csv`` into the run's folder."""
-        batches = self.trainer.predict(**kwargs)
-        if not isinstance(self.model, Classification) or not self.trainer.is_global_zero:
-            return
-        classes = getattr(self.datamodule, "classes", None)
-        path = Path(self.trainer.log_dir or ".") / "predictions.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["name", "label", "class", "probability"])
-            for batch in batches:
-                labels, probabilities = batch["label"].tolist(), batch["probability"].tolist()
-                names = batch["name"] if batch["name"] is not None else [""] * len(labels)
-                for name, label, probability in zip(names, labels, probabilities, strict=True):
-                    writer.writerow([name, label, classes[label] if classes else label, f"{probability:.4f}"])
-        print(f"predictions: {path}")
+        if isinstance(self.model, Classification):
+            self.trainer.callbacks.append(WritePredictions())
+            kwargs["return_predictions"] = False  # all probabilities of all images may not fit into memory
+        self.trainer.predict(**kwargs)
