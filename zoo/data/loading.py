@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,9 @@ class Images(Dataset):
     def name(self, index: int) -> str:
         raise NotImplementedError
 
+    def label(self, index: int) -> int:
+        return self.labels[index]
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -198,17 +202,16 @@ class Images(Dataset):
 
     def _sample(self, index: int) -> tuple[Any, ...] | None:
         try:
-            image = self.transform(read_image(self.source(index), self.upright))
+            return self.transform(read_image(self.source(index), self.upright)), *self._answer(index)
         except Exception as error:  # image decoders raise nearly anything on damaged bytes
             self._failures.append((self.name(index), f"{error or type(error).__name__}"))
             return None
-        return image, *self._answer(index)
 
     def _answer(self, index: int) -> tuple[Any, ...]:
         """What a sample holds besides the image; of :data:`NOTHING` that which evaluation leaves out."""
         if self.named:
             return ("" if index == NOTHING else self.name(index),)
-        label = IGNORE if index == NOTHING else self.labels[index]
+        label = IGNORE if index == NOTHING else self.label(index)
         if self.also_right is None:
             return (label,)
         right = torch.zeros(self.num_classes, dtype=torch.bool)
@@ -247,14 +250,19 @@ class Images(Dataset):
             )
 
 
-class ImageLoader(DataLoader):
-    """Loads batches of :class:`Images`, and has them report in the main process what the workers could not read."""
+class Reporting:
+    """For loaders of :class:`Images`: has them report in the main process what the workers could not read."""
 
     def __iter__(self) -> Iterator[list[Any]]:
+        images = self.collate_fn.__self__
         for batch, failures in super().__iter__():
             if failures:
-                self.dataset.report(failures)
+                images.report(failures)
             yield batch
+
+
+class ImageLoader(Reporting, DataLoader):
+    """Loads batches of :class:`Images`, whose method ``collate`` has to be its ``collate_fn``."""
 
 
 class WholeBatches(DistributedSampler):
@@ -360,3 +368,11 @@ def merge(trainer: Trainer, entries: dict[str, str]) -> dict[str, str]:
 def printable(name: str) -> str:
     """The name as it can be printed anywhere: line breaks and bytes that are no text are written as escapes."""
     return name if name.isprintable() else repr(name)[1:-1]
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Import a package that comes with an optional extra of this one."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"this needs the package {module}: pip install 'attn-zoo[{extra}]' ({error})") from None
