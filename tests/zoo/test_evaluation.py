@@ -15,6 +15,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from golden_cases import fill_state_dict
+from zoo.cli import main
 from zoo.data import ImageFolder, ReportSkipped
 from zoo.data.image_folder import read_real_labels
 from zoo.errors import UserError
@@ -166,6 +167,44 @@ def test_two_processes_give_the_numbers_of_one(task, root, tmp_path):
     assert {"unreadable.csv", "val_classes.csv", "val_confusion.csv", "predictions.json"} <= set(files)
     assert len(json.loads(files["predictions.json"])) == 19
     assert files == others
+
+
+class TestPredict:
+    """`zoo predict IMAGES`."""
+
+    def test_writes_all_images(self, task, root, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        trainer = make_trainer(tmp_path)
+        data = ImageFolder(str(root), batch_size=4, num_workers=0)
+        trainer.validate(task, data, verbose=False)
+        expected = [float(p) for batch in trainer.predict(task, data) for p in batch["probability"]]
+        trainer.save_checkpoint("trained.ckpt")
+        (tmp_path / "empty.jpg").write_bytes(b"")
+        images = [str(root / "val"), "empty.jpg"]
+        for output in ("out.csv", "deep/out.json"):
+            arguments = ["predict", *images, "--checkpoint", "trained.ckpt", "--output", output, "--num-workers", "0"]
+            with pytest.warns(UserWarning, match="skipping empty.jpg"):
+                assert main([*arguments, "--batch-size", "4"]) == 0
+            assert f"predictions: {output}" in capsys.readouterr().out
+        rows = json.loads((tmp_path / "deep" / "out.json").read_text())
+        assert [row["name"] for row in rows] == [path for path, _ in data.datasets["val"].samples]
+        assert all(row["class"] == data.classes[row["label"]] for row in rows)
+        assert [row["probability"] for row in rows] == pytest.approx(expected, abs=1e-4)
+        assert [{k: str(v) for k, v in row.items()} for row in rows] == read(tmp_path / "out.csv")
+        assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["out.json"]  # nothing half written
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["nowhere"], "there is no folder or image nowhere"),
+            (["."], "there are no images in"),
+            (["x.jpg", "--output", "x.txt"], "predictions go to a .csv or .json file, not to x.txt"),
+        ],
+    )
+    def test_errors(self, tmp_path, monkeypatch, capsys, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        assert main(["predict", *arguments, "--model", "test_dinat"]) == 2
+        assert message in capsys.readouterr().err
 
 
 class TestFigures:

@@ -67,19 +67,20 @@ class ImageFolder(ImageData):
 
 
 class PlainFolder(ImageData):
-    """A folder of images without classes, subfolders included, for ``zoo predict``.
+    """Images without classes, for ``zoo predict``.
 
     Args:
-        root: The folder, or a single image.
+        root: A folder, subfolders included, or a list of image files and folders.
         num_classes: Number of classes of the model that is to name them.
         kwargs: See :class:`ImageData`.
     """
 
-    def __init__(self, root: str, num_classes: int = 1000, **kwargs: Any) -> None:
+    def __init__(self, root: str | list[str], num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not Path(root).exists():
-            raise UserError(f"there is no folder or image {root}")
-        self.root = Path(root)
+        self.roots = [Path(path) for path in ([root] if isinstance(root, str) else root)]
+        for path in self.roots:
+            if not os.path.lexists(path):
+                raise UserError(f"there is no folder or image {path}")
         self._num_classes = num_classes
 
     @property
@@ -88,9 +89,14 @@ class PlainFolder(ImageData):
 
     def make_images(self, split: str, **kwargs: Any) -> "ImageFiles":
         if split != "predict":
-            raise UserError("a plain folder has no labels: it serves `zoo predict` only")
-        files, ignored = find_images(self.root) if self.root.is_dir() else ([str(self.root)], [])
-        return ImageFiles([(path, 0) for path in files], str(self.root), ignored=ignored, **kwargs)
+            raise UserError("images without classes serve `zoo predict` only")
+        files, others = [], []
+        for path in self.roots:
+            found, ignored = find_images(path) if path.is_dir() else ([str(path)], [])
+            files += found
+            others += ignored
+        where = ", ".join(map(str, self.roots[:3])) + (", ..." if len(self.roots) > 3 else "")
+        return ImageFiles([(path, 0) for path in files], where, ignored=others, **kwargs)
 
 
 class ImageFiles(Images):
@@ -108,7 +114,7 @@ class ImageFiles(Images):
     ) -> None:
         if not samples:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"there are no images in the class folders of {where}; expected files in {suffixes}")
+            raise UserError(f"there are no images in {where}; expected files in {suffixes}")
         if ignored:
             some = ", ".join(printable(path) for path in ignored[:3])
             rank_zero_warn(

@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torchvision.transforms import Compose, Grayscale
 
 from zoo.data.decode import read_image
 from zoo.errors import UserError
@@ -102,7 +103,10 @@ class ImageData(LightningDataModule):
         config.setdefault("input_size", (3, 224, 224))
         if training:
             config |= {"is_training": True, "auto_augment": self.auto_augment, "re_prob": self.random_erasing}
-        return create_transform(**config)
+        transform = create_transform(**config)
+        if config["input_size"][0] == 1:
+            transform = Compose([Grayscale(), transform])
+        return transform
 
     def train_dataloader(self) -> DataLoader:
         images = self.datasets["train"]
