@@ -199,6 +199,18 @@ class TestImageFolder:
         with pytest.warns(UserWarning, match="skipping"), pytest.raises(UserError, match="12 of the 12 images"):
             next(iter(data.train_dataloader()))
 
+    @pytest.mark.parametrize("policy", ["rand-m10-inc1", "original"])
+    def test_augmentation_may_leave_no_bits(self, root, policy):
+        """Pillow 13 refuses what timm's posterize asks at its strongest."""
+        transform = tiny_folder(root, auto_augment=policy).make_transform(training=True)
+        [step] = [step for step in transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")]
+        ops = step.ops if hasattr(step, "ops") else [op for group in step.policy for op in group]
+        ops = [op for op in ops if op.name.startswith("Posterize")]
+        assert ops
+        for op in ops:
+            op.prob, op.magnitude, op.magnitude_std, op.level_fn = 1.0, 10, 0, lambda *_: (0,)
+            assert op(Image.new("RGB", (2, 2), "white")).getpixel((0, 0)) == (0, 0, 0)
+
     @pytest.mark.parametrize("budget", [-1, 1.5])
     def test_bad_budget(self, root, budget):
         with pytest.raises(UserError, match=f"max_unreadable: expected .*, got {budget}"):

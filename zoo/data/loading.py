@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.transforms import Compose, Grayscale
@@ -104,6 +104,7 @@ class ImageData(LightningDataModule):
         if training:
             config |= {"is_training": True, "auto_augment": self.auto_augment, "re_prob": self.random_erasing}
         transform = create_transform(**config)
+        mend_posterize(transform)
         if config["input_size"][0] == 1:
             transform = Compose([Grayscale(), transform])
         return transform
@@ -206,10 +207,11 @@ class Images(Dataset):
 
     def _sample(self, index: int) -> tuple[Any, ...] | None:
         try:
-            return self.transform(read_image(self.source(index), self.upright)), *self._answer(index)
+            image, answer = read_image(self.source(index), self.upright), self._answer(index)
         except Exception as error:  # image decoders raise nearly anything on damaged bytes
-            self._failures.append((self.name(index), f"{error or type(error).__name__}"))
+            self._failures.append((self.name(index), str(error) or type(error).__name__))
             return None
+        return self.transform(image), *answer
 
     def _answer(self, index: int) -> tuple[Any, ...]:
         """What a sample holds besides the image; of :data:`NOTHING` that which evaluation leaves out."""
@@ -340,7 +342,8 @@ class ReportSkipped(Callback):
             return
         unreadable = merge(trainer, images.unreadable)
         if pl_module is not None:
-            pl_module.log(f"{split}_skipped_images", float(len(unreadable)), rank_zero_only=True)
+            # The same number in every process; Lightning warns unless it may take the mean.
+            pl_module.log(f"{split}_skipped_images", float(len(unreadable)), sync_dist=True)
         if len(unreadable) > len(self.reported.get(split, {})):
             rank_zero_warn(
                 f"{len(unreadable)} of the {len(images)} images in {images.where} could not be read and were skipped"
@@ -358,6 +361,19 @@ class ReportSkipped(Callback):
             writer.writerows(
                 (split, name, reason) for split in unreadable for name, reason in unreadable[split].items()
             )
+
+
+def mend_posterize(transform: Any) -> None:
+    """Let timm's augmentation leave no bits of a colour, as it does at its strongest: Pillow 13 refuses that."""
+    for step in getattr(transform, "transforms", []):
+        policy = [op for group in getattr(step, "policy", []) for op in group]
+        for op in [*getattr(step, "ops", []), *policy]:
+            if getattr(op, "aug_fn", None) is auto_augment.posterize:
+                op.aug_fn = posterize
+
+
+def posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    return auto_augment.posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
 
 
 def merge(trainer: Trainer, entries: dict[str, str]) -> dict[str, str]:
