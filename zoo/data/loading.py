@@ -45,7 +45,7 @@ class ImageData(LightningDataModule):
         auto_augment: timm's name of an augmentation policy for training, or null for none.
         random_erasing: Share of training images from which a random rectangle is erased.
         max_unreadable: How many images of a split may turn out unreadable before the run ends, in each process: a
-            number (3), or a share of them (0.05; 1.0 for all).
+            number (3), or a share of them (0.05, rounded up; 1.0 for all).
         upright: Turn images as their EXIF orientation says. timm and torchvision do not, nor do published figures.
     """
 
@@ -172,7 +172,7 @@ class Images(Dataset):
         self.transform = transform
         self.upright = upright
         share = isinstance(max_unreadable, float)
-        self.max_unreadable = int(max_unreadable * len(labels)) if share else max_unreadable
+        self.max_unreadable = math.ceil(max_unreadable * len(labels)) if share else max_unreadable
         self.replace_unreadable = replace_unreadable
         self.named = named
         self.also_right = also_right
