@@ -17,8 +17,7 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
   fit        train a model                    zoo fit --config digits/dinat
   validate   measure on the validation data   zoo validate --config digits/dinat --ckpt_path x.ckpt
   test       measure on the test data         zoo test --config digits/dinat --ckpt_path x.ckpt
-  predict    write each image's class         zoo predict photos --checkpoint x.ckpt --output classes.json
-             the same of a recipe's data      zoo predict --config digits/dinat --ckpt_path x.ckpt
+  predict    write each image's class         zoo predict photos --checkpoint x.ckpt
   sample     draw images from a trained flow  zoo sample runs/digits-flow/version_0
 
 look around
