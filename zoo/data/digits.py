@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from zoo.data.train_loader import TrainLoader
 from zoo.errors import UserError
 
 
@@ -45,7 +46,7 @@ class Digits(LightningDataModule):
         self.predict_set = NamedImages(images, val)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True, drop_last=True)
+        return TrainLoader(self.train_set, self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_set, batch_size=self.batch_size)

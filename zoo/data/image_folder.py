@@ -14,6 +14,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from zoo.data.train_loader import TrainLoader
 from zoo.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -72,8 +73,8 @@ class ImageFolder(LightningDataModule):
             self.datasets["train"] = ImageFiles(self.root / "train", self.classes, transform, replace_unreadable=True)
         self.datasets["val"] = ImageFiles(self.root / "val", self.classes, create_transform(**config))
 
-    def _loader(self, dataset: Dataset, **kwargs: Any) -> DataLoader:
-        return DataLoader(
+    def _loader(self, dataset: Dataset, loader: type[DataLoader] = DataLoader, **kwargs: Any) -> DataLoader:
+        return loader(
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
@@ -84,7 +85,7 @@ class ImageFolder(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.datasets["train"]
-        return self._loader(dataset, shuffle=True, drop_last=len(dataset) >= self.batch_size)
+        return self._loader(dataset, TrainLoader, drop_last=len(dataset) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.datasets["val"], collate_fn=collate_readable)
