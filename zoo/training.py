@@ -100,12 +100,13 @@ class SaveProgress(Checkpoint):
         self.saved_step = 0
         self.saved_time = monotonic()
         self.restored: list[dict[str, Any]] = []
+        self.kept: dict[str, Any] | None = None  # the random states before a validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(str(run_folder(trainer) / "checkpoints")))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state: dict[str, Any] = {"random": random_states()}
+        state: dict[str, Any] = {"random": self.kept or random_states()}
         if inside_step(trainer):
             gradients = {name: x.grad for name, x in pl_module.named_parameters() if x.grad is not None}
             state["gradients"] = {name: x.cpu() for name, x in gradients.items()}
@@ -138,8 +139,11 @@ class SaveProgress(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Resuming from before a validation would leave it out.
-        if inside_step(trainer) or validation_follows(trainer) or trainer.global_step == self.saved_step:
+        self.kept = None
+        if validation_follows(trainer):  # resuming from here would leave it out
+            self.kept = random_states()
+            return
+        if inside_step(trainer) or trainer.global_step == self.saved_step:
             return
         step = trainer.global_step
         due = self.every_n_steps is not None and step - self.saved_step >= self.every_n_steps
@@ -148,7 +152,14 @@ class SaveProgress(Checkpoint):
         if due:
             self.save(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The first iteration over a loader draws from the generators, and after resuming that is a later one.
+        if self.kept is not None:
+            set_random_states(self.kept)
+            self.kept = None
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept = None
         self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
