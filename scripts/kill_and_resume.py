@@ -233,7 +233,7 @@ def other_ends(trials: Trials, setting: dict, reference: tuple) -> None:
     fault = "" if status == SIGTERM_STATUS else f"status {status}"
     fault = fault or ("" if len(lines(folder)) < len(reference[0]) else "it went on to the end")
     trials.check(
-        "SIGTERM inside an accumulated batch", folder, reference, f"status {status}", len(lines(folder)), fault
+        "SIGTERM inside a step", folder, reference, f"status {status}", len(lines(folder)), fault
     )
 
     folder = trials.folder("cut off", setting)

@@ -96,7 +96,8 @@ class RecipeCLI(LightningCLI):
         try:
             self.trainer.fit(**kwargs)
         except SIGTERMException:
-            raise SystemExit(SIGTERM_STATUS) from None
+            # The first process ends the others, and would itself be ended if one of them reported a failure.
+            raise SystemExit(SIGTERM_STATUS if self.trainer.is_global_zero else 0) from None
 
     def predict(self, **kwargs: Any) -> None:
         """Run prediction and write ``predictions.csv`` into the run's folder."""

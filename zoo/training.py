@@ -5,6 +5,8 @@
 
 import os
 import random
+import signal
+import threading
 import warnings
 from pathlib import Path
 from time import monotonic
@@ -16,7 +18,7 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -78,10 +80,9 @@ def sync_folder(folder: Path) -> None:
 class SaveProgress(Checkpoint):
     """Save ``last.ckpt`` in the run's folder, from which training goes on as if it had not been interrupted.
 
-    It is saved at the end of every epoch, between steps at the times given, and when SIGTERM ends the run. The one
-    before stays as ``last-1.ckpt``. All checkpoints of the run, those of other callbacks too, carry what resuming
-    needs beyond Lightning's own: the states of the random number generators of every process and, inside an
-    accumulated batch, the gradients.
+    It is saved at the end of every epoch, between steps at the times given, and when SIGTERM asks the run to end: the
+    step, or the validation, is finished first. The one before stays as ``last-1.ckpt``. All checkpoints of the run,
+    those of other callbacks too, carry the states of every process's random number generators.
 
     Args:
         every_n_steps: Save after so many optimizer steps.
@@ -99,6 +100,7 @@ class SaveProgress(Checkpoint):
         self.folder = Path()
         self.saved_step = 0
         self.saved_time = monotonic()
+        self.terminated = False
         self.restored: list[dict[str, Any]] = []
         self.kept: dict[str, Any] | None = None  # the random states before a validation
 
@@ -106,29 +108,24 @@ class SaveProgress(Checkpoint):
         self.folder = Path(trainer.strategy.broadcast(str(run_folder(trainer) / "checkpoints")))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state: dict[str, Any] = {"random": self.kept or random_states()}
-        if inside_step(trainer):
-            gradients = {name: x.grad for name, x in pl_module.named_parameters() if x.grad is not None}
-            state["gradients"] = {name: x.cpu() for name, x in gradients.items()}
-        checkpoint["processes"] = gather(state)
+        checkpoint["random_states"] = gather(self.kept or random_states())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.restored = checkpoint.get("processes", [])
+        self.restored = checkpoint.get("random_states", [])
         self.saved_step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_time = monotonic()
+        if threading.current_thread() is threading.main_thread():
+            # Lightning's handler, which it puts back afterwards, makes several processes wait for one another.
+            signal.signal(signal.SIGTERM, self._terminate)
         if not self.restored:
             return
         # Lightning does so itself unless the loader was made before the checkpoint was read, as a schedule that counts
         # its steps needs.
         trainer.fit_loop._load_combined_loader_states()
         if len(self.restored) == trainer.world_size:
-            state = self.restored[trainer.global_rank]
-            set_random_states(state["random"])
-            for name, gradient in state.get("gradients", {}).items():
-                parameter = pl_module.get_parameter(name)
-                parameter.grad = gradient.to(parameter.device)
+            set_random_states(self.restored[trainer.global_rank])
         else:
             rank_zero_warn(
                 f"{len(self.restored)} processes saved the checkpoint and {trainer.world_size} go on from it, so their "
@@ -142,15 +139,12 @@ class SaveProgress(Checkpoint):
         self.kept = None
         if validation_follows(trainer):  # resuming from here would leave it out
             self.kept = random_states()
-            return
-        if inside_step(trainer) or trainer.global_step == self.saved_step:
-            return
-        step = trainer.global_step
-        due = self.every_n_steps is not None and step - self.saved_step >= self.every_n_steps
-        if self.every_n_minutes is not None and step % 10 == 0:
-            due |= trainer.strategy.broadcast(monotonic() - self.saved_time >= 60 * self.every_n_minutes)
-        if due:
-            self.save(trainer)
+        elif not inside_step(trainer):
+            terminated = self._agreed(trainer, self.terminated)
+            if terminated or self._due(trainer):
+                self.save(trainer)
+            if terminated:
+                self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The first iteration over a loader draws from the generators, and after resuming that is a later one.
@@ -160,17 +154,31 @@ class SaveProgress(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.kept = None
-        self.save(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit":
-            return
-        if not trainer.training:  # averaged weights may stand in for those in training, and cannot be told apart
-            rank_zero_warn("SIGTERM came during validation: the newest checkpoint is the one saved before it")
-            return
-        if trainer.global_step != self.saved_step or inside_step(trainer):
+        # Where steps are counted instead of epochs, Lightning does not resume well from an epoch's end, so it is the
+        # next step that counts there, unless there is none.
+        if trainer.max_steps == -1 or trainer.global_step >= trainer.max_steps:
             self.save(trainer)
-        rank_zero_info(f"SIGTERM: stopped after step {trainer.global_step}; go on with --ckpt_path last")
+            if self._agreed(trainer, self.terminated):
+                self._stop(trainer)
+
+    def _terminate(self, signal_number: int, frame: Any) -> None:
+        self.terminated = True
+
+    def _agreed(self, trainer: Trainer, decision: bool) -> bool:
+        """Whether any of the processes says so."""
+        return trainer.strategy.reduce_boolean_decision(decision, all=False)
+
+    def _due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        if self.every_n_steps is not None and step - self.saved_step >= self.every_n_steps:
+            return True
+        if self.every_n_minutes is None or step % 10:
+            return False
+        return self._agreed(trainer, monotonic() - self.saved_time >= 60 * self.every_n_minutes)
+
+    def _stop(self, trainer: Trainer) -> None:
+        rank_zero_warn(f"SIGTERM: saved and stopped after step {trainer.global_step}; go on with --ckpt_path last")
+        raise SIGTERMException
 
     def save(self, trainer: Trainer) -> None:
         """Save ``last.ckpt``. At every moment there is a whole checkpoint under one of the names."""
