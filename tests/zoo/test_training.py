@@ -1,5 +1,6 @@
 """Resuming, damaged checkpoints, full disks, losses that are not finite, and the global batch size."""
 
+import csv
 import os
 import random
 import resource
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import Dataset
 
+from zoo.cli import main
 from zoo.data import TrainLoader
 from zoo.errors import UserError
 from zoo.training import (
@@ -284,3 +286,21 @@ def test_killed_terminated_cut_off_and_out_of_disk(tmp_path):
     result = run(str(ROOT / "scripts" / "kill_and_resume.py"), "--kills", "2", folder=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "5 of 5 equal" in result.stdout
+
+
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    """At an equal global batch, the mean loss of every epoch agrees to 1e-5, relatively."""
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--config", "digits/dinat", "--data.image_size", "32", "--data.batch_size", "8"]
+    args += ["--global_batch_size", "16", "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    args += ["--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.limit_train_batches", "4"]
+    result = run("-m", "zoo", *args, *two, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert main([*args, "--trainer.limit_train_batches", "8"]) == 0
+    losses = []
+    for version in range(2):
+        with (tmp_path / "runs" / "digits-dinat" / f"version_{version}" / "metrics.csv").open() as file:
+            losses.append([float(row["train_loss_epoch"]) for row in csv.DictReader(file) if row["train_loss_epoch"]])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
