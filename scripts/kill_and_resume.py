@@ -232,9 +232,7 @@ def other_ends(trials: Trials, setting: dict, reference: tuple) -> None:
     status = interrupt(folder, 5, 0, signal.SIGTERM)
     fault = "" if status == SIGTERM_STATUS else f"status {status}"
     fault = fault or ("" if len(lines(folder)) < len(reference[0]) else "it went on to the end")
-    trials.check(
-        "SIGTERM inside a step", folder, reference, f"status {status}", len(lines(folder)), fault
-    )
+    trials.check("SIGTERM inside a step", folder, reference, f"status {status}", len(lines(folder)), fault)
 
     folder = trials.folder("cut off", setting)
     interrupt(folder, 14, 0, signal.SIGKILL)

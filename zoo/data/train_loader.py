@@ -3,14 +3,13 @@
 import os
 import random
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from zoo.errors import UserError
 
@@ -20,8 +19,8 @@ class TrainLoader(DataLoader):
 
     The order is a function of the seed and the epoch. What augmentation draws for an image is a function of the seed,
     the epoch and the image's index, whichever process loads it: Python's, NumPy's and PyTorch's generators are seeded
-    so before ``dataset[index]`` is called, and put back afterwards. The first ``n`` images of the order are the same
-    for any number of processes, so that a step sees the same images wherever the global batch is the same.
+    so before ``dataset[index]`` is called, and put back after each batch. The first ``n`` images of the order are the
+    same for any number of processes, so that a step sees the same images wherever the global batch is the same.
 
     ``state_dict`` and ``load_state_dict`` hold the position; Lightning's fit loop keeps them in its checkpoints.
 
@@ -45,13 +44,18 @@ class TrainLoader(DataLoader):
         self.given, self.start = self.start, 0
         if isinstance(self.sampler, ShuffledSampler):
             self.sampler.start = self.given * self.batch_size
-        for batch in super().__iter__():
+        batches, end = super().__iter__(), object()
+        while True:
+            with isolate_rng(include_cuda=False):  # without workers, images are drawn in this process
+                batch = next(batches, end)
+            if batch is end:
+                return
             self.given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Where in the epoch the loader is, and what that position depends on."""
-        return {"batches": self.given % len(self), **self._order()}
+        return {"batches": self.given % max(1, len(self)), **self._order()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next epoch at this position.
@@ -59,9 +63,7 @@ class TrainLoader(DataLoader):
         Raises:
             UserError: The position is within an epoch of another order.
         """
-        differs = [
-            f"{name} was {state[name]} and is {value}" for name, value in self._order().items() if state[name] != value
-        ]
+        differs = [f"{k} was {state.get(k)} and is {v}" for k, v in self._order().items() if state.get(k) != v]
         if differs and state["batches"]:
             raise UserError(
                 f"the checkpoint was saved {state['batches']} batches into an epoch, where {'; '.join(differs)}: go on "
@@ -119,9 +121,7 @@ class SeededSamples(Dataset):
         if not isinstance(key, tuple):  # Lightning's overfit_batches brings its own sampler
             return self.dataset[key]
         seeds = np.random.SeedSequence(key).generate_state(3)
-        # A worker's generators serve nothing else, and putting them back takes longer than all the rest here.
-        with isolate_rng(include_cuda=False) if get_worker_info() is None else nullcontext():
-            random.seed(int(seeds[0]))
-            np.random.seed(seeds[1])  # noqa: NPY002  (the generator that augmentations draw from)
-            torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would seed CUDA's as well
-            return self.dataset[key[0]]
+        random.seed(int(seeds[0]))
+        np.random.seed(seeds[1])  # noqa: NPY002  (the generator that augmentations draw from)
+        torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would seed CUDA's as well
+        return self.dataset[key[0]]
