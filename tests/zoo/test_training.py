@@ -14,12 +14,16 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from zoo.cli import main
 from zoo.data import TrainLoader
 from zoo.errors import UserError
+from zoo.sharded import ShardedClassification
+from zoo.task import Classification
 from zoo.training import (
     AtomicCheckpointIO,
     GlobalBatchSize,
@@ -304,3 +308,35 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
             losses.append([float(row["train_loss_epoch"]) for row in csv.DictReader(file) if row["train_loss_epoch"]])
     assert len(losses[0]) == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_sharded_weights(tmp_path):
+    """FSDP2, in one process: every weight is sharded, and the checkpoint is that of the task without shards."""
+    sharded = []
+
+    class Watched(ShardedClassification):
+        def on_train_start(self):
+            sharded.extend(isinstance(x, DTensor) for x in self.parameters())
+
+    torch.manual_seed(0)
+    options = dict(model_name="test_vit", num_classes=4, model_args={"img_size": 32, "in_chans": 1})
+    images = [(torch.randn(1, 32, 32), i) for i in range(4)]
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        max_epochs=1,
+        callbacks=[SaveProgress(), SkipNonFinite()],
+        plugins=[AtomicCheckpointIO()],
+        **quiet,
+    )
+    try:
+        trainer.fit(Watched(**options), TrainLoader(images, 2))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sharded and all(sharded)
+    task = Classification.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not any(isinstance(x, DTensor) for x in task.parameters())
