@@ -36,6 +36,13 @@ EMA = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_arg
 DINAT = {"model_name": "test_dinat", "model_args": {"in_chans": 1, "drop_path_rate": 0.2}, "warmup_epochs": 1}
 
 SETTINGS = {
+    "accumulated batches": {
+        "model": DINAT,
+        "data": DIGITS,
+        "trainer": {"max_epochs": 3},
+        "global_batch_size": 32,
+        "save_progress": {"every_n_steps": 1},
+    },
     "epochs, mixup, averaged weights": {
         "model": {**DINAT, "mixup": 0.8},
         "data": DIGITS,
@@ -47,13 +54,6 @@ SETTINGS = {
         "data": {**FOLDER, "init_args": {**FOLDER["init_args"], "image_size": 64}},
         "trainer": {"max_epochs": 3, "callbacks": [EMA]},
         "save_progress": {"every_n_steps": 2},
-    },
-    "accumulated batches": {
-        "model": DINAT,
-        "data": DIGITS,
-        "trainer": {"max_epochs": 3},
-        "global_batch_size": 32,
-        "save_progress": {"every_n_steps": 1},
     },
     "a number of steps, validation within epochs": {
         "model": {**DINAT, "mixup": 0.8},
