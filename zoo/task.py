@@ -36,6 +36,9 @@ class Classification(LightningModule):
         label_smoothing: Used in training only.
         mixup: Strength (alpha) of mixup, 0 for none.
         cutmix: Strength (alpha) of CutMix, 0 for none; with both, each batch gets one of them.
+        compile: Run the model through ``torch.compile``.
+        channels_last: Keep images and convolutions in channels-last memory, which fast convolutions on GPUs want.
+        grad_checkpointing: Compute activations again in the backward pass instead of keeping them: less memory, slower.
     """
 
     def __init__(
@@ -51,11 +54,21 @@ class Classification(LightningModule):
         label_smoothing: float = 0.1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        compile: bool = False,
+        channels_last: bool = False,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        # Where the first weights came from is left out: a trained checkpoint must not fetch or need them again.
-        self.save_hyperparameters(ignore=["pretrained", "checkpoint"])
+        # Where the first weights came from is left out: a trained checkpoint must not fetch or need them again. So is
+        # how it was run, which is for each machine to say.
+        self.save_hyperparameters(ignore=["pretrained", "checkpoint", "compile", "channels_last", "grad_checkpointing"])
         self.model = create_model(model_name, num_classes, model_args, pretrained, checkpoint)
+        if grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.memory_format)
+        if compile:
+            self.model.compile()  # in place, so that the names of the weights stay
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup_epochs = warmup_epochs
@@ -74,7 +87,7 @@ class Classification(LightningModule):
         return resolve_model_data_config(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        return self.model(images.contiguous(memory_format=self.memory_format))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

@@ -7,6 +7,7 @@ from zoo.data.hugging_face import HuggingFace
 from zoo.data.image_folder import ImageFolder, PlainFolder
 from zoo.data.latents import CachedLatents, TeacherLatents
 from zoo.data.loading import ImageData, ReportSkipped
+from zoo.data.train_loader import TrainLoader
 from zoo.data.web_dataset import WebDataset
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PlainFolder",
     "ReportSkipped",
     "TeacherLatents",
+    "TrainLoader",
     "WebDataset",
     "read_image",
 ]

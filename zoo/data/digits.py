@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from zoo.data.loading import IGNORE, NOTHING, whole_batches
+from zoo.data.train_loader import TrainLoader
 from zoo.errors import UserError
 
 
@@ -46,7 +47,7 @@ class Digits(LightningDataModule):
         self.predict_set = NamedImages(images, val)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True, drop_last=True)
+        return TrainLoader(self.train_set, self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_set, **whole_batches(self.val_set, self.batch_size, self.trainer))

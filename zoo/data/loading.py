@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from torchvision.transforms import Compose, Grayscale
 
 from zoo.data.decode import read_image
+from zoo.data.train_loader import TrainLoader
 from zoo.errors import UserError
 from zoo.files import write_whole
 
@@ -111,7 +112,8 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         images = self.datasets["train"]
-        return self._loader(images, batch_size=self.batch_size, shuffle=True, drop_last=len(images) >= self.batch_size)
+        options = dict(batch_size=self.batch_size, drop_last=len(images) >= self.batch_size)
+        return self._loader(images, TrainImageLoader, **options)
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation_loader("val")
@@ -124,10 +126,10 @@ class ImageData(LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader:
         images = self.datasets[split]
-        return self._loader(images, **whole_batches(images, self.batch_size, self.trainer))
+        return self._loader(images, ImageLoader, **whole_batches(images, self.batch_size, self.trainer))
 
-    def _loader(self, images: "Images", **kwargs: Any) -> DataLoader:
-        return ImageLoader(
+    def _loader(self, images: "Images", loader: type[DataLoader], **kwargs: Any) -> DataLoader:
+        return loader(
             images,
             collate_fn=images.collate,
             num_workers=self.num_workers,
@@ -269,6 +271,10 @@ class Reporting:
 
 class ImageLoader(Reporting, DataLoader):
     """Loads batches of :class:`Images`, whose method ``collate`` has to be its ``collate_fn``."""
+
+
+class TrainImageLoader(Reporting, TrainLoader):
+    """The same for training."""
 
 
 class WholeBatches(DistributedSampler):
