@@ -17,7 +17,7 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
   fit        train a model                    zoo fit --config digits/dinat
   validate   measure on the validation data   zoo validate --config digits/dinat --ckpt_path x.ckpt
   test       measure on the test data         zoo test --config digits/dinat --ckpt_path x.ckpt
-  predict    write each image's class         zoo predict --config digits/dinat --ckpt_path x.ckpt
+  predict    write each image's class         zoo predict photos --checkpoint x.ckpt
   sample     draw images from a trained flow  zoo sample runs/digits-flow/version_0
 
 look around
@@ -50,6 +50,19 @@ def run(command: str, args: list[str]) -> None:
         print(HELP.format(recipes=textwrap.fill(recipes, 100, initial_indent="  ", subsequent_indent="  ")))
     elif command == "--version":
         print(f"zoo {__version__}")
+    elif command == "predict" and args and not args[0].startswith("-"):
+        parser = ArgumentParser("zoo predict", description="Write the likeliest class of every image into a file.")
+        parser.add_argument("images", nargs="+", help="image files, and folders with all that is below them")
+        parser.add_argument("--model", metavar="NAME", help="any model of timm's or ours; a checkpoint knows its own")
+        parser.add_argument("--checkpoint", metavar="FILE", help="of `zoo fit`, or a file of weights of --model")
+        parser.add_argument("--pretrained", action="store_true", help="download the published weights")
+        parser.add_argument("--output", default="predictions.csv", metavar="FILE", help="(default: predictions.csv)")
+        parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default: 32)")
+        parser.add_argument("--num-workers", type=int, help="processes that load (default: one per core, at most 8)")
+        options = parser.parse_args(args)
+        from zoo.predict import run_predict
+
+        run_predict(**vars(options))
     elif command in ("fit", "validate", "test", "predict"):
         from zoo.lightning_cli import RecipeCLI
 

@@ -117,8 +117,9 @@ class RectifiedFlow(LightningModule):
         generator = torch.Generator().manual_seed(batch_idx)
         noise = torch.randn(images.shape, generator=generator).to(images)
         noise_level = (torch.randperm(len(images), generator=generator).to(images) + 0.5) / len(images)
-        loss = self.flow_loss(self.ema, images, noise, noise_level, labels)
-        self.log(name, loss, prog_bar=True, sync_dist=True, batch_size=len(labels))
+        real = int((labels >= 0).sum())  # a process without images of its own gets one that does not count
+        loss = self.flow_loss(self.ema, images, noise, noise_level, labels.clamp(min=0))
+        self.log(name, loss, prog_bar=True, sync_dist=True, batch_size=real)
 
     def on_validation_epoch_end(self) -> None:
         writers = [logger for logger in self.loggers if hasattr(logger.experiment, "add_image")]

@@ -1,18 +1,19 @@
 """Lightning's command line, as ``zoo fit``, ``validate``, ``test`` and ``predict`` run it."""
 
-import csv
 import sys
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo.checkpoints import check_fits, read_lightning_checkpoint
 from zoo.data import Digits, ImageFolder, ReportSkipped  # noqa: F401  (so that short class names resolve)
 from zoo.errors import UserError
+from zoo.evaluation import WritePredictions
 from zoo.recipes import resolve_recipes
 from zoo.task import Classification
+from zoo.training import SIGTERM_STATUS, GlobalBatchSize, SaveProgress, SkipNonFinite, find_last_checkpoint
 
 
 class RecipeCLI(LightningCLI):
@@ -26,13 +27,25 @@ class RecipeCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [ReportSkipped()], "default_root_dir": "runs"},
+            trainer_defaults={
+                "callbacks": [ReportSkipped()],
+                "default_root_dir": "runs",
+                "plugins": [{"class_path": "zoo.training.AtomicCheckpointIO"}],
+            },
             parser_kwargs={"prog": "zoo"},
             args=args,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"model": {"class_path": "zoo.task.Classification"}})
+        parser.add_lightning_class_args(SaveProgress, "save_progress")
+        parser.add_lightning_class_args(SkipNonFinite, "non_finite")
+        parser.add_argument(
+            "--global_batch_size",
+            type=int | None,
+            default=None,
+            help="Images per optimizer step: as many batches are accumulated as the number of devices leaves to do.",
+        )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -60,24 +73,34 @@ class RecipeCLI(LightningCLI):
                 raise error.__cause__ from None
             raise
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand]
+        if config.trainer.enable_checkpointing is False:
+            self._parser(self.subcommand).callback_keys.remove("save_progress")
+        if config.global_batch_size is not None:
+            self.trainer_defaults["callbacks"].append(GlobalBatchSize(config.global_batch_size))
+        return super().instantiate_trainer(**kwargs)
+
     def after_instantiate_classes(self) -> None:
+        config = self.config_init[self.subcommand]
+        if config.get("ckpt_path") == "last":  # Lightning would look in the folder of the new run only
+            path = find_last_checkpoint(self.trainer)
+            config["ckpt_path"] = path and str(path)
         if self.checkpoint is not None and self.model.strict_loading:
             check_fits(self.checkpoint, self.model, self.config[self.subcommand]["ckpt_path"])
         self.checkpoint = None
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train; SIGTERM ends the process with status 143, after a checkpoint was saved."""
+        try:
+            self.trainer.fit(**kwargs)
+        except SIGTERMException:
+            # The first process ends the others, and would itself be ended if one of them reported a failure.
+            raise SystemExit(SIGTERM_STATUS if self.trainer.is_global_zero else 0) from None
+
     def predict(self, **kwargs: Any) -> None:
         """Run prediction and write ``predictions.csv`` into the run's folder."""
-        batches = self.trainer.predict(**kwargs)
-        if not isinstance(self.model, Classification) or not self.trainer.is_global_zero:
-            return
-        classes = getattr(self.datamodule, "classes", None)
-        path = Path(self.trainer.log_dir or ".") / "predictions.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["name", "label", "class", "probability"])
-            for batch in batches:
-                labels, probabilities = batch["label"].tolist(), batch["probability"].tolist()
-                names = batch["name"] if batch["name"] is not None else [""] * len(labels)
-                for name, label, probability in zip(names, labels, probabilities, strict=True):
-                    writer.writerow([name, label, classes[label] if classes else label, f"{probability:.4f}"])
-        print(f"predictions: {path}")
+        if isinstance(self.model, Classification):
+            self.trainer.callbacks.append(WritePredictions())
+            kwargs["return_predictions"] = False  # all probabilities of all images may not fit into memory
+        self.trainer.predict(**kwargs)

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -13,11 +14,11 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 import zoo  # noqa: F401  (registers our models, also where a checkpoint is loaded outside the command line)
 from zoo.checkpoints import read_checkpoint
 from zoo.errors import UserError
+from zoo.evaluation import Evaluation, accuracies
 
 
 class Classification(LightningModule):
@@ -35,6 +36,9 @@ class Classification(LightningModule):
         label_smoothing: Used in training only.
         mixup: Strength (alpha) of mixup, 0 for none.
         cutmix: Strength (alpha) of CutMix, 0 for none; with both, each batch gets one of them.
+        compile: Run the model through ``torch.compile``.
+        channels_last: Keep images and convolutions in channels-last memory, which fast convolutions on GPUs want.
+        grad_checkpointing: Compute activations again in the backward pass instead of keeping them: less memory, slower.
     """
 
     def __init__(
@@ -50,11 +54,21 @@ class Classification(LightningModule):
         label_smoothing: float = 0.1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        compile: bool = False,
+        channels_last: bool = False,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        # Where the first weights came from is left out: a trained checkpoint must not fetch or need them again.
-        self.save_hyperparameters(ignore=["pretrained", "checkpoint"])
+        # Where the first weights came from is left out: a trained checkpoint must not fetch or need them again. So is
+        # how it was run, which is for each machine to say.
+        self.save_hyperparameters(ignore=["pretrained", "checkpoint", "compile", "channels_last", "grad_checkpointing"])
         self.model = create_model(model_name, num_classes, model_args, pretrained, checkpoint)
+        if grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.memory_format)
+        if compile:
+            self.model.compile()  # in place, so that the names of the weights stay
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup_epochs = warmup_epochs
@@ -63,12 +77,9 @@ class Classification(LightningModule):
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
 
-        accuracy = {
-            f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in (1, 5) if k < num_classes
-        }
-        self.train_accuracy = MetricCollection(dict(accuracy), prefix="train_")
-        self.val_accuracy = self.train_accuracy.clone(prefix="val_")
-        self.test_accuracy = self.train_accuracy.clone(prefix="test_")
+        self.train_accuracy = MetricCollection(accuracies(num_classes), prefix="train_")
+        self.val_evaluation = Evaluation(num_classes, "val_")
+        self.test_evaluation = Evaluation(num_classes, "test_")
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -76,7 +87,7 @@ class Classification(LightningModule):
         return resolve_model_data_config(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        return self.model(images.contiguous(memory_format=self.memory_format))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -91,28 +102,35 @@ class Classification(LightningModule):
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(labels))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_accuracy)
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.val_evaluation)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_accuracy)
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.test_evaluation)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], accuracy: MetricCollection) -> None:
-        images, labels = batch
-        if not len(labels):  # every image of the batch was unreadable
-            return
-        logits = self(images)
-        accuracy.update(logits, labels)
-        self.log_dict(accuracy, prog_bar=True, batch_size=len(labels))
-        loss = F.cross_entropy(logits, labels)
-        self.log(f"{accuracy.prefix}loss", loss, prog_bar=True, sync_dist=True, batch_size=len(labels))
+    def _evaluate(self, batch: Sequence[Tensor], evaluation: Evaluation) -> None:
+        images, labels, *right = batch
+        for figures in evaluation.update(self(images), labels, *right):
+            self.log_dict(figures, prog_bar=True, batch_size=len(labels))
 
-    def predict_step(self, batch: Tensor | tuple[Tensor, Any], batch_idx: int) -> dict[str, Any]:
+    def on_validation_epoch_end(self) -> None:
+        self.val_evaluation.write(self.trainer)
+
+    def on_test_epoch_end(self) -> None:
+        self.test_evaluation.write(self.trainer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        classes = getattr(self.trainer.datamodule, "classes", None)
+        if classes is not None:
+            checkpoint["classes"] = list(classes)  # so that predictions can be named wherever it is loaded
+
+    def predict_step(self, batch: Tensor | Sequence[Any], batch_idx: int) -> dict[str, Any]:
         """Return each image's class probabilities, its most likely class and, where the data names images, its name."""
         images, names = batch if isinstance(batch, (list, tuple)) else (batch, None)
-        if not len(images):
-            return {"name": [], "label": torch.empty(0, dtype=torch.long), "probability": torch.empty(0)}
         probabilities = self(images).float().softmax(-1)
+        if names is not None and "" in (names := list(names)):  # without a name it stands for no image
+            probabilities = probabilities[[name != "" for name in names]]
+            names = [name for name in names if name != ""]
         probability, label = probabilities.max(-1)
         return {"name": names, "label": label, "probability": probability, "probabilities": probabilities}
 

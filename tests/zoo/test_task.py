@@ -96,6 +96,27 @@ def test_predictions(trained, tmp_path):
     assert torch.equal(first["probability"], first["probabilities"].amax(-1))
 
 
+def test_flags_of_speed_and_memory_change_no_result(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    colour = dict(model_name="test_vit", num_classes=4, model_args={"img_size": 32})
+    plain = Classification(**colour)
+    task = Classification(**colour, compile=True, channels_last=True, grad_checkpointing=True)
+    assert compiled == [task.model]
+    assert task.hparams == plain.hparams  # a checkpoint does not say how it was run
+    task.load_state_dict(plain.state_dict())
+    seen = []
+    task.model.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for module in (plain, task):
+        module.log = module.log_dict = lambda *args, **kwargs: None
+        module.training_step((images, torch.tensor([0, 1])), 0).backward()
+    for x in (*seen, task.model.patch_embed.proj.weight):
+        assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    for (name, value), same in zip(task.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(value.grad, same.grad, msg=name)
+
+
 def test_mixing(tmp_path):
     torch.manual_seed(0)
     task = Classification(**SMALL, mixup=0.8, cutmix=1.0)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from zoo.data.loading import IGNORE, NOTHING, whole_batches
+from zoo.data.train_loader import TrainLoader
 from zoo.errors import UserError
 
 
@@ -45,15 +47,15 @@ class Digits(LightningDataModule):
         self.predict_set = NamedImages(images, val)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True, drop_last=True)
+        return TrainLoader(self.train_set, self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val_set, batch_size=self.batch_size)
+        return DataLoader(self.val_set, **whole_batches(self.val_set, self.batch_size, self.trainer))
 
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader:
-        return DataLoader(self.predict_set, batch_size=self.batch_size)
+        return DataLoader(self.predict_set, **whole_batches(self.predict_set, self.batch_size, self.trainer))
 
 
 def split_indices(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,6 +73,8 @@ class LabelledImages(Dataset):
         return len(self.indices)
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        if item == NOTHING:
+            return torch.zeros_like(self.images[0]), torch.tensor(IGNORE)
         index = self.indices[item]
         image = self.images[index]
         if self.transform is not None:  # before normalising: the transform fills with 0, which is blank paper
@@ -86,4 +90,4 @@ class NamedImages(LabelledImages):
 
     def __getitem__(self, item: int) -> tuple[Tensor, str]:
         image, index = super().__getitem__(item)
-        return image, f"scan {index:04d}"
+        return image, "" if item == NOTHING else f"scan {index:04d}"

@@ -1,230 +1,219 @@
-"""Images in folders, one folder per class, as ImageNet is usually unpacked."""
+"""Images in folders: one folder per class, as ImageNet is usually unpacked, or any folder of photographs."""
 
+import json
 import os
-import warnings
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
-from timm.data import create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
+from zoo.data.loading import ImageData, Images, printable
 from zoo.errors import UserError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-MAX_UNREADABLE_IN_A_ROW = 100
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
+}  # fmt: skip
 
 
-class ImageFolder(LightningDataModule):
-    """``root/train/<class>/*`` and ``root/val/<class>/*``, with timm's transforms.
+class ImageFolder(ImageData):
+    """``root/train/<class>/*`` and ``root/val/<class>/*``, subfolders included.
 
-    Input size, normalisation, crop and interpolation are those that the model's task reports as ``data_config``.
-    Unreadable images do not end a run: in training another image takes their place, in evaluation they are left out.
-    Each is named in a warning, and :class:`ReportSkipped` counts them at the end of every epoch.
+    Classes are numbered in the order of their names; names that are all numbers, as ImageNet-V2 has them, in the
+    order of the numbers.
 
     Args:
         root: The folder that holds ``train`` and ``val``; only evaluating needs no ``train``.
-        batch_size: Images per batch and device.
-        num_workers: Worker processes for loading; by default one per CPU core, at most 8.
-        image_size: Side length, where it should differ from the model's.
-        auto_augment: timm's name of an augmentation policy for training, or null for none.
-        random_erasing: Share of training images from which a random rectangle is erased.
+        val: The folder in ``root`` of the validation images; "." if the class folders are in ``root`` itself.
+        test: The folder in ``root`` for ``zoo test``; by default the validation images serve.
+        real_labels: ImageNet-ReaL's ``real.json`` (arXiv:2006.07159): for each validation image, in the order of the
+            file names, the list of all right labels. Adds ``val_real_top1`` and ``val_real_top5``; images with an
+            empty list are left out of these.
+        kwargs: See :class:`ImageData`.
     """
 
     def __init__(
         self,
         root: str,
-        batch_size: int = 128,
-        num_workers: int | None = None,
-        image_size: int | None = None,
-        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
-        random_erasing: float = 0.25,
+        val: str = "val",
+        test: str | None = None,
+        real_labels: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**kwargs)
         self.root = Path(root)
-        self.batch_size = batch_size
-        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-        self.image_size = image_size
-        self.auto_augment = auto_augment
-        self.random_erasing = random_erasing
-        self.classes = find_classes(self.root)  # now, because the model's head is built from it
-        self.datasets: dict[str, ImageFiles] = {}
+        self.folders = {"train": "train", "val": val, "test": val if test is None else test}
+        self.folders["predict"] = self.folders["val"]
+        self.real_labels = real_labels
+        self.classes = find_classes(self.root, self.folders)  # now, because the model's head is built from it
+
+    def make_images(self, split: str, **kwargs: Any) -> "ImageFiles":
+        folder = self.root / self.folders[split]
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}; expected one folder per class in it")
+        files, others = [], []
+        for label, name in enumerate(self.classes):
+            found, ignored = find_images(folder / name)
+            files += [(path, label) for path in found]
+            others += ignored
+        kwargs.update(ignored=others)
+        if self.real_labels is not None and split in ("val", "test"):
+            kwargs.update(
+                also_right=read_real_labels(self.real_labels, [path for path, _ in files], self.num_classes),
+                num_classes=self.num_classes,
+            )
+        return ImageFiles(files, str(folder), **kwargs)
+
+
+class PlainFolder(ImageData):
+    """Images without classes, for ``zoo predict``.
+
+    Args:
+        root: A folder, subfolders included, or a list of image files and folders.
+        num_classes: Number of classes of the model that is to name them.
+        kwargs: See :class:`ImageData`.
+    """
+
+    def __init__(self, root: str | list[str], num_classes: int = 1000, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.roots = [Path(path) for path in ([root] if isinstance(root, str) else root)]
+        for path in self.roots:
+            if not os.path.lexists(path):
+                raise UserError(f"there is no folder or image {path}")
+        self._num_classes = num_classes
 
     @property
     def num_classes(self) -> int:
-        return len(self.classes)
+        return self._num_classes
 
-    def setup(self, stage: str) -> None:
-        model = self.trainer.lightning_module if self.trainer else None
-        config = dict(getattr(model, "data_config", {}))
-        if self.image_size is not None:
-            config["input_size"] = (3, self.image_size, self.image_size)
-        config.setdefault("input_size", (3, 224, 224))
-        if stage == "fit":
-            transform = create_transform(
-                **config, is_training=True, auto_augment=self.auto_augment, re_prob=self.random_erasing
-            )
-            self.datasets["train"] = ImageFiles(self.root / "train", self.classes, transform, replace_unreadable=True)
-        self.datasets["val"] = ImageFiles(self.root / "val", self.classes, create_transform(**config))
-
-    def _loader(self, dataset: Dataset, **kwargs: Any) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **kwargs,
-        )
-
-    def train_dataloader(self) -> DataLoader:
-        dataset = self.datasets["train"]
-        return self._loader(dataset, shuffle=True, drop_last=len(dataset) >= self.batch_size)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(self.datasets["val"], collate_fn=collate_readable)
-
-    test_dataloader = val_dataloader
-
-    def predict_dataloader(self) -> DataLoader:
-        return self._loader(NamedImageFiles(self.datasets["val"]), collate_fn=collate_readable)
+    def make_images(self, split: str, **kwargs: Any) -> "ImageFiles":
+        if split != "predict":
+            raise UserError("images without classes serve `zoo predict` only")
+        files, others = [], []
+        for path in self.roots:
+            found, ignored = find_images(path) if path.is_dir() else ([str(path)], [])
+            files += found
+            others += ignored
+        where = ", ".join(map(str, self.roots[:3])) + (", ..." if len(self.roots) > 3 else "")
+        return ImageFiles([(path, 0) for path in files], where, ignored=others, **kwargs)
 
 
-class ImageFiles(Dataset):
-    """``(image, label)`` for every image file in ``folder/<class>/``.
+class ImageFiles(Images):
+    """Image files and their labels.
 
     Args:
-        folder: Holds one folder per class.
-        classes: The class names, in the order of their labels.
-        transform: From a PIL image to a tensor.
-        replace_unreadable: What to give for a file that cannot be read: the next one that can, or None.
+        samples: Pairs of a path and a label.
+        where: The folder.
+        ignored: Other files that lie there, to be mentioned.
+        kwargs: See :class:`Images`.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        classes: list[str],
-        transform: Callable[[Image.Image], Tensor],
-        replace_unreadable: bool = False,
+        self, samples: list[tuple[str, int]], where: str, ignored: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}; expected one folder per class in it")
-        self.folder = folder
-        self.transform = transform
-        self.replace_unreadable = replace_unreadable
-        self.samples = [
-            (entry.path, label)
-            for label, name in enumerate(classes)
-            for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name)
-            if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
-        ]
-        if not self.samples:
+        if not samples:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(f"there are no images in the class folders of {folder}; expected files in {suffixes}")
-        # One flag per file, in memory that the worker processes share.
-        self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
+            raise UserError(f"there are no images in {where}; expected files in {suffixes}")
+        if ignored:
+            some = ", ".join(printable(path) for path in ignored[:3])
+            rank_zero_warn(
+                f"{len(ignored)} files in {where} are not taken for images, by their names: "
+                f"{some}{', ...' if len(ignored) > 3 else ''}"
+            )
+        self.samples = samples
+        super().__init__([label for _, label in samples], where, **kwargs)
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def source(self, index: int) -> str:
+        return self.samples[index][0]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
-        for step in range(MAX_UNREADABLE_IN_A_ROW):
-            path, label = self.samples[(index + step) % len(self)]
-            image = self._read((index + step) % len(self))
-            if image is not None:
-                return self.transform(image), label
-            if not self.replace_unreadable:
-                return None
-        raise UserError(f"{MAX_UNREADABLE_IN_A_ROW} images in a row could not be read, the last of them {path}")
-
-    def _read(self, index: int) -> Image.Image | None:
-        path = self.samples[index][0]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except Exception as error:  # image decoders raise nearly anything on damaged bytes
-            if not self.unreadable[index]:
-                self.unreadable[index] = True
-                warnings.warn(f"skipping {path}: not a readable image ({error})", stacklevel=2)
-            return None
+    name = source
 
 
-class NamedImageFiles(Dataset):
-    """``(image, path)`` for the files of another dataset."""
+def find_images(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the image files and the other files below a folder, by their suffixes, each in the order of the names.
 
-    def __init__(self, files: ImageFiles) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str] | None:
-        sample = self.files[index]
-        return None if sample is None else (sample[0], self.files.samples[index][0])
-
-
-class ReportSkipped(Callback):
-    """Say at the end of each epoch how many images were unreadable, and log the number."""
-
-    def __init__(self) -> None:
-        self.reported: dict[str, int] = {}
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, pl_module, "train")
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, pl_module, "val")
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, None, "val")
-
-    def _report(self, trainer: Trainer, pl_module: LightningModule | None, split: str) -> None:
-        files = getattr(trainer.datamodule, "datasets", {}).get(split)
-        if not isinstance(files, ImageFiles):
-            return
-        skipped = int(files.unreadable.sum())
-        if pl_module is not None:
-            pl_module.log(f"{split}_skipped_images", float(skipped), reduce_fx="sum", sync_dist=True)
-        if skipped > self.reported.get(split, 0):
-            rank_zero_warn(f"{skipped} of the {len(files)} images in {files.folder} could not be read and were skipped")
-            self.reported[split] = skipped
+    Links are followed, but not upwards, and no folder is entered twice; what begins with a dot is left alone.
+    """
+    images, others = [], []
+    entered = {str(parent) for parent in folder.resolve().parents}
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                known = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+                (images if known else others).append(os.path.join(path, name))
+    return images, others
 
 
-def find_classes(root: Path) -> list[str]:
-    """Return the class names below ``root/train`` and ``root/val``, which must agree."""
-    layout = f"expected {root}/train/<class>/<image> and {root}/val/<class>/<image>"
+def find_classes(root: Path, folders: dict[str, str]) -> list[str]:
+    """Return the class names below the folders in ``root``, those of "train" and "val", which must agree."""
+    val = folders["val"]
+    layout = f"expected {root}/train/<class>/<image> and {root / val}/<class>/<image>"
     if not root.is_dir():
         raise UserError(f"there is no data folder {root}; {layout}")
     found = {
-        split: sorted(entry.name for entry in os.scandir(root / split) if entry.is_dir() and entry.name[0] != ".")
-        for split in ("train", "val")
-        if (root / split).is_dir()
+        name: sort_classes(entry.name for entry in os.scandir(root / name) if entry.is_dir() and entry.name[0] != ".")
+        for name in ("train", val)
+        if (root / name).is_dir()
     }
+    if val == ".":  # what else is there are classes
+        found = {val: found[val]}
     if not found:
-        raise UserError(f"the data folder {root} has neither train nor val in it; {layout}")
-    for split, classes in found.items():
+        raise UserError(f"the data folder {root} has neither train nor {val} in it; {layout}")
+    for name, classes in found.items():
         if not classes:
-            raise UserError(f"the folder {root / split} has no class folders in it; {layout}")
-    if len(found) == 2 and found["train"] != found["val"]:
-        train, val = set(found["train"]), set(found["val"])
+            raise UserError(f"the folder {root / name} has no class folders in it; {layout}")
+    if len(found) == 2 and found["train"] != found[val]:
+        train, rest = set(found["train"]), set(found[val])
         differences = [
-            f"{len(names)} only in {split} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-            for split, names in (("train", train - val), ("val", val - train))
+            f"{len(names)} only in {name} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            for name, names in (("train", train - rest), (val, rest - train))
             if names
         ]
-        raise UserError(f"the class folders of {root}/train and {root}/val differ: {'; '.join(differences)}")
+        raise UserError(f"the class folders of {root}/train and {root / val} differ: {'; '.join(differences)}")
     return next(iter(found.values()))
 
 
-def collate_readable(samples: list[Any | None]) -> Any:
-    """Make a batch of the samples that could be read; it may be empty."""
-    samples = [sample for sample in samples if sample is not None]
-    return default_collate(samples) if samples else (torch.empty(0), torch.empty(0, dtype=torch.long))
+def sort_classes(names: Any) -> list[str]:
+    """Sort class names; where all are numbers, by number: "10" comes after "9"."""
+    names = list(names)
+    numbers = all(re.fullmatch(r"[0-9]+", name) for name in names)
+    return sorted(names, key=(lambda name: (int(name), name)) if numbers else None)
+
+
+def read_real_labels(path: str, files: list[str], num_classes: int) -> list[list[int]]:
+    """Read ImageNet-ReaL's lists of right labels, one for each of ``files``.
+
+    The lists are in the order of the file names without their folders. Of files that are named as ImageNet's,
+    ``ILSVRC2012_val_00000001.JPEG``, a part will do: they are numbered by their names.
+
+    Raises:
+        UserError: The file is no such list, or not of these images.
+    """
+    try:
+        lists = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"real_labels: cannot read {path}: {error}") from None
+    if not isinstance(lists, list) or not all(isinstance(labels, list) for labels in lists):
+        raise UserError(f"real_labels: expected {path} to hold a list of lists of labels, one for each image")
+    wrong = [x for labels in lists for x in labels if not isinstance(x, int) or not 0 <= x < num_classes]
+    if wrong:
+        raise UserError(f"real_labels: {path} has the label {wrong[0]!r}; expected whole numbers below {num_classes}")
+    names = [os.path.basename(file) for file in files]
+    numbers = [re.fullmatch(r"ILSVRC2012_val_(\d{8})\.\w+", name) for name in names]
+    if all(numbers):
+        positions = [int(number[1]) - 1 for number in numbers]
+    elif len(files) == len(lists) == len(set(names)):
+        order = {name: i for i, name in enumerate(sorted(names))}
+        positions = [order[name] for name in names]
+    else:
+        raise UserError(f"real_labels: {path} has labels of {len(lists)} images, but there are {len(files)} images")
+    if not all(0 <= position < len(lists) for position in positions):
+        raise UserError(f"real_labels: {path} has labels of {len(lists)} images, but there are files of higher numbers")
+    return [lists[position] for position in positions]

@@ -7,8 +7,9 @@ from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from zoo.data.train_loader import TrainLoader
 from zoo.errors import UserError
 
 KEYS = ("latents", "prompt_embeds", "pooled_prompt_embeds")
@@ -37,10 +38,8 @@ class CachedLatents(LightningDataModule):
         if not self.files:
             raise UserError(f"root: no .safetensors files in {self.root}")
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            LatentFiles(self.files), self.batch_size, shuffle=True, drop_last=True, num_workers=self.num_workers
-        )
+    def train_dataloader(self) -> TrainLoader:
+        return TrainLoader(LatentFiles(self.files), self.batch_size, drop_last=True, num_workers=self.num_workers)
 
 
 class LatentFiles(Dataset):
@@ -110,5 +109,5 @@ class TeacherLatents(LightningDataModule):
         drawn["latents"] = torch.cat([task.draw(*batch, steps=self.steps) for batch in batches])
         self.samples = [dict(zip(drawn, values)) for values in zip(*drawn.values())]
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.samples, self.batch_size, shuffle=True, drop_last=True)
+    def train_dataloader(self) -> TrainLoader:
+        return TrainLoader(self.samples, self.batch_size, drop_last=True)

@@ -1,0 +1,22 @@
+"""Classification with weights, gradients and optimizer states spread over the devices (FSDP2)."""
+
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from zoo.task import Classification
+
+
+class ShardedClassification(Classification):
+    """:class:`~zoo.task.Classification` for Lightning's ``ModelParallelStrategy``, which shards as it is told here.
+
+    Each block, that is each member of a list of modules, gathers its weights when it is called.
+    """
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        lists = [module for module in self.model.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
+        # From the inside out, as fully_shard asks; modules() goes from the outside in.
+        for block in [child for modules in reversed(lists) for child in modules]:
+            if any(True for _ in block.parameters()):
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
