@@ -21,6 +21,7 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
   sample     draw images from a trained flow  zoo sample runs/digits-flow/version_0
 
 look around
+  explain    draw where a model looks         zoo explain photo.jpg --model dinat_tiny
   models     list our models                  zoo models 'dinat_*'
   demo       train on digits, draw pictures   zoo demo
   doctor     which kernels run here, and why  zoo doctor
@@ -72,6 +73,19 @@ def run(command: str, args: list[str]) -> None:
         from zoo.sample import run_sample
 
         run_sample(**vars(options))
+    elif command == "explain":
+        parser = ArgumentParser(
+            "zoo explain", description="Draw a classifier's answers, where it looks (Grad-CAM), and its attention."
+        )
+        parser.add_argument("image", help="an image file")
+        parser.add_argument("--model", metavar="NAME", help="any model of timm's or ours; a checkpoint knows its own")
+        parser.add_argument("--checkpoint", metavar="FILE", help="of `zoo fit`, or a file of weights of --model")
+        parser.add_argument("--pretrained", action="store_true", help="download the published weights")
+        parser.add_argument("--output", default="explanation.png", metavar="PNG", help="(default: explanation.png)")
+        options = parser.parse_args(args)
+        from zoo.explain import run_explain
+
+        run_explain(**vars(options))
     elif command == "models":
         parser = ArgumentParser("zoo models", description="List our models, with their published ImageNet-1k top-1.")
         parser.add_argument("pattern", nargs="?", default="*", help="such as 'dinat_*', quoted, or any part of a name")
