@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -12,6 +13,7 @@ from zoo.checkpoints import check_fits, read_lightning_checkpoint
 from zoo.data import Digits, ImageFolder, ReportSkipped  # noqa: F401  (so that short class names resolve)
 from zoo.errors import UserError
 from zoo.recipes import resolve_recipes
+from zoo.report import Report
 from zoo.task import Classification
 
 
@@ -26,7 +28,7 @@ class RecipeCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [ReportSkipped()], "default_root_dir": "runs"},
+            trainer_defaults={"callbacks": [ReportSkipped(), Report(args)], "default_root_dir": "runs"},
             parser_kwargs={"prog": "zoo"},
             args=args,
         )
@@ -51,6 +53,15 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         # Checkpoints are never unpickled beyond tensors and plain values.
         self.config[self.subcommand]["weights_only"] = True
+        trainer = self.config[self.subcommand].trainer
+        if self.subcommand == "fit" and trainer.logger in (None, True):
+            trainer.logger = [
+                Namespace(class_path=f"lightning.pytorch.loggers.{name}", init_args=Namespace(save_dir=folder))
+                for name, folder in (
+                    ("CSVLogger", trainer.default_root_dir),  # the first one's folder is the run's
+                    ("TensorBoardLogger", f"{trainer.default_root_dir}/tensorboard"),
+                )
+            ]
 
     def instantiate_classes(self) -> None:
         try:
