@@ -22,6 +22,7 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
 
 look around
   explain    draw where a model looks         zoo explain photo.jpg --model dinat_tiny
+  bench      time models and kernels here     zoo bench dinat_tiny swin_tiny_patch4_window7_224
   models     list our models                  zoo models 'dinat_*'
   demo       train on digits, draw pictures   zoo demo
   doctor     which kernels run here, and why  zoo doctor
@@ -86,6 +87,23 @@ def run(command: str, args: list[str]) -> None:
         from zoo.explain import run_explain
 
         run_explain(**vars(options))
+    elif command == "bench":
+        parser = ArgumentParser(
+            "zoo bench", description="Measure models of ours or timm's, or our operators, once their results are right."
+        )
+        parser.add_argument("models", nargs="*", metavar="MODEL", help="such as dinat_tiny convnext_tiny")
+        parser.add_argument("--kernels", action="store_true", help="measure neighborhood attention and its peers")
+        parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
+        parser.add_argument("--batch-size", type=int, default=1, help="for throughput and memory (default: 1)")
+        parser.add_argument("--image-size", type=int, help="side in pixels (default: each model's own)")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+        parser.add_argument("--compile", action="store_true", help="run models through torch.compile")
+        parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure (default: 2)")
+        parser.add_argument("--output", metavar="DIR", help="write the figures as CSV and a plot into this folder")
+        options = vars(parser.parse_args(args))
+        from zoo.bench import Settings, run_bench
+
+        run_bench(options.pop("models"), options.pop("kernels"), options.pop("output"), Settings(**options))
     elif command == "models":
         parser = ArgumentParser("zoo models", description="List our models, with their published ImageNet-1k top-1.")
         parser.add_argument("pattern", nargs="?", default="*", help="such as 'dinat_*', quoted, or any part of a name")

@@ -158,6 +158,32 @@ def save_samples(path: Path, images: Tensor, nearest: Tensor, classes: list[str]
     figure.savefig(path)
 
 
+def save_bars(path: Path, labels: list[str], values: list[float | None], quantity: str, title: str) -> None:
+    """Draw horizontal bars from the top down.
+
+    Args:
+        path: PNG file to write.
+        labels: Names of the bars.
+        values: Their lengths; None where nothing was measured.
+        quantity: What is drawn, with its unit.
+        title: Title of the figure.
+    """
+    lines = 1 + max(label.count("\n") for label in labels)
+    figure = _figure(8, 0.9 + 0.24 * len(labels) * (0.6 + lines))
+    axes = figure.subplots()
+    most = max((value for value in values if value is not None), default=1)
+    for i, value in enumerate(values):
+        ours = labels[i].startswith("zoo ")
+        axes.barh(i, value or 0, color=BLUE if ours or lines == 1 else GREY, height=0.6)
+        text = "not measured" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+        axes.text((value or 0) + 0.01 * most, i, text, va="center", fontsize=8, color=INK)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set(xlim=(0, 1.12 * most), ylim=(len(labels) - 0.5, -0.5), xlabel=quantity)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=8, loc="left")
+    figure.savefig(path)
+
+
 def save_attention(path: Path, model: nn.Module, image: Tensor, pixel: tuple[int, int], title: str) -> None:
     """Draw what one query attends to at each level, in the first plain and the first dilated block.
 
