@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
@@ -69,6 +70,8 @@ class Report(Callback):
     # The last pass over the validation data
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         self.counts, self.mistakes = Counter(), []
         self._hook = pl_module.register_forward_hook(self._watch)
 
@@ -106,7 +109,10 @@ class Report(Callback):
         self.mistakes = sorted(self.mistakes, key=lambda mistake: -mistake.loss)[: self.most]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._hook is None:
+            return
         self._hook.remove()
+        self._hook = None
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, (self.counts, self.mistakes))
@@ -117,7 +123,9 @@ class Report(Callback):
     # The curves
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:  # what is said of the training so far is of one step only
+        if (
+            trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        ):  # what is said of the training so far is of one step only
             self._note(trainer, "val_")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

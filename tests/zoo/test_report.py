@@ -47,7 +47,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     args = ["fit", "--model.model_name", "test_dinat", "--model.model_args", '{"in_chans": 1}', "--data", "Digits"]
     args += ["--data.channels", "1", "--data.image_size", "32", "--data.batch_size", "16"]
-    args += ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "4"]
+    args += ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "4"]
     args += ["--trainer.default_root_dir", str(folder), "--trainer.enable_progress_bar", "false"]
     cli = RecipeCLI([*args, "--trainer.accelerator", "cpu"])
     return cli, folder, (folder / "lightning_logs" / "version_0" / "report.html").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def test_says_what_the_run_did(run):
     assert "zoo fit --model.model_name test_dinat" in text
     assert torch.__version__.partition("+")[0] in text
     assert "class_path: zoo.data.Digits" in text  # the whole configuration
-    assert "2 epochs, 2 steps, finished" in text
+    assert "2 epochs, 4 steps, finished" in text
     assert set(report.history) == {1, 2}
     assert {"train_loss", "train_top1", "val_loss", "val_top1", "learning_rate"} <= set(report.history[2])
     assert report.history[2]["val_top1"] == pytest.approx(float(cli.trainer.callback_metrics["val_top1"]))
