@@ -57,6 +57,7 @@ class Report(Callback):
         self._logits: Tensor | None = None
         self._hook: Any = None
         self._started = time.time()
+        self._folder: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -66,6 +67,8 @@ class Report(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.time()
+        # All processes have to ask for the folder, which at the end, after an error of one, they may not.
+        self._folder = trainer.log_dir
 
     # The last pass over the validation data
 
@@ -152,11 +155,10 @@ class Report(Callback):
         self._write(trainer, pl_module, f"ended by {reason}")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, end: str) -> None:
-        folder = trainer.log_dir
-        if trainer.fast_dev_run or folder is None or not trainer.is_global_zero or not self.history:
+        if trainer.fast_dev_run or self._folder is None or not trainer.is_global_zero or not self.history:
             return
         try:
-            path = Path(folder) / "report.html"
+            path = Path(self._folder) / "report.html"
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             part.write_text(self.page(trainer, pl_module, end), encoding="utf-8")
@@ -175,7 +177,7 @@ class Report(Callback):
         sections = [_summary(self._facts(trainer, pl_module, end)), _curves(self.history)]
         if self.counts:
             sections += [_confusion(self.counts, classes), _mistakes(self.mistakes, self.counts, classes)]
-        config = Path(trainer.log_dir) / "config.yaml"
+        config = Path(self._folder or "") / "config.yaml"
         sections.append(_making(self.command, _about(trainer), config.read_text() if config.is_file() else None))
         return _PAGE.format(title=escape(f"{name} on {of}"), body="\n".join(sections), style=_STYLE)
 
