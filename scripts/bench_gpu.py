@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from measure import (
@@ -46,10 +46,10 @@ from measure import (
     token_bytes,
     versions,
 )
+from zoo.bench import block_mask, by_class, neighborhood_mask
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
-FLEX_BLOCK = 128  # FlexAttention's default
 
 
 class Row(NamedTuple):
@@ -185,60 +185,18 @@ def timings(forward: Callable, sets: list) -> dict[str, list[float]]:
 # Peers
 
 
-def by_class(x: Tensor, dilation: tuple[int, int]) -> Tensor:
-    """[batch, height, width, heads, dim] -> [batch * classes, heads, members, dim], for maps that divide evenly."""
-    (batch, height, width, heads, dim), (dy, dx) = x.shape, dilation
-    x = x.reshape(batch, height // dy, dy, width // dx, dx, heads, dim).permute(0, 2, 4, 5, 1, 3, 6)
-    return x.reshape(batch * dy * dx, heads, -1, dim).contiguous()
-
-
 def mask_of(row: Row) -> tuple[Callable, int, int]:
     """FlexAttention's mask function over one residue class, its queries and its keys; text comes before the map."""
     window, text = row.window, row.text
     height, width = (n // d for n, d in zip(row.shape[1:3], window.dilation))
-
-    def neighborhood_mask(b, h, query, key):
-        seen = None
-        for q, k, length, size in (
-            (query // width, key // width, height, window.kernel_size[0]),
-            (query % width, key % width, width, window.kernel_size[1]),
-        ):
-            start = (q - size // 2).clamp(0, length - size)
-            axis = (k >= start) & (k < start + size)
-            seen = axis if seen is None else seen & axis
-        return seen
 
     def circular_mask(b, h, query, key):
         key = key - text
         dy, dx = key // width - query // width, key % width - query % width
         return (key < 0) | (dy * dy + dx * dx < window.radius * window.radius)
 
-    mask = circular_mask if window.radius else neighborhood_mask
+    mask = circular_mask if window.radius else neighborhood_mask(height, width, window.kernel_size)
     return mask, height * width, text + height * width
-
-
-def block_mask(mask: Callable, queries: int, keys: int, device: str) -> BlockMask:
-    """What `create_block_mask` gives, without holding queries x keys at once or being compiled."""
-    columns = -(-keys // FLEX_BLOCK)
-    key = torch.arange(columns * FLEX_BLOCK, device=device)
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    some, every = [], []
-    for first in range(0, queries, FLEX_BLOCK):
-        query = torch.arange(first, first + FLEX_BLOCK, device=device)
-        inside = (query < queries)[:, None] & (key < keys)[None, :]
-        seen = (mask(zero, zero, query[:, None], key[None, :]) & inside).view(FLEX_BLOCK, columns, FLEX_BLOCK)
-        some.append(seen.any(2).any(0))
-        every.append(seen.all(2).all(0))
-    full = torch.stack(every)
-    partial = torch.stack(some) & ~full
-
-    def ordered(blocks):
-        order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
-        return blocks.sum(-1).int()[None, None], order[None, None]
-
-    return BlockMask.from_kv_blocks(
-        *ordered(partial), *ordered(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask, seq_lengths=(queries, keys)
-    )
 
 
 def flex_inputs(row: Row, inputs: list[Tensor | None]) -> list[Tensor]:

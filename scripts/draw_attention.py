@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from zoo.explain import attention_of
 from zoo.kernels import (
     agent_attention,
     circular_attention_2d,
@@ -30,7 +28,7 @@ from zoo.kernels import (
     routing_attention_2d,
     window_attention_2d,
 )
-from zoo.pictures import BLUE, OVERLAY, PAPER, RED
+from zoo.pictures import PAPER, paint
 
 PATCH = 13  # pixels a side of a token; makes 32 x 48 tokens of the photograph
 QUERY = 13, 17  # row and column of the token that asks: on the pagoda's second roof
@@ -80,46 +78,6 @@ def query_and_key(photo: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     return query * SHARPNESS * query.shape[-1] ** 0.5, key  # the operators divide by the root again
 
 
-def attention_of(operator: Callable[..., Tensor], query: Tensor, key: Tensor, token: tuple[int, int]) -> Tensor:
-    """Weights of one token's attention, [rows, columns]; zero where it sees nothing.
-
-    The output is a weighted sum of the values, so its gradient with respect to the values is the weights.
-
-    Args:
-        operator: Function of queries, keys and values, all [1, rows, columns, 1, dim].
-        query: Queries.
-        key: Keys.
-        token: Row and column of the token that asks.
-    """
-    value = torch.zeros_like(key, requires_grad=True)
-    out = operator(query, key, value)
-    (weights,) = torch.autograd.grad(out[0, token[0], token[1], 0, 0], value)
-    return weights[0, :, :, 0, 0]
-
-
-def paint(axes: Axes, photo: Tensor, weights: Tensor, token: tuple[int, int], line: float) -> None:
-    """Paint weights over a photograph in red, outline what is seen, fade what is not, and frame the query in blue."""
-    height, width = photo.shape[1:]
-    rows, columns = weights.shape
-    seen = weights > 0
-    extent = (0, columns, rows, 0)
-    grey = 0.25 + 0.75 * photo.mean(0)
-    unseen = ~seen.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
-    grey[unseen] = 0.5 + 0.5 * grey[unseen]
-    axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
-    axes.imshow(weights.numpy(), cmap=OVERLAY, vmin=0, vmax=float(weights.max()), extent=extent)
-
-    padded = F.pad(seen, (1, 1, 1, 1))
-    above = (padded[1:, 1:-1] != padded[:-1, 1:-1]).nonzero().tolist()  # edges between a seen and an unseen token
-    left = (padded[1:-1, 1:] != padded[1:-1, :-1]).nonzero().tolist()
-    edges = [((x, y), (x + 1, y)) for y, x in above] + [((x, y), (x, y + 1)) for y, x in left]
-    axes.add_collection(LineCollection(edges, colors=RED, linewidths=line, capstyle="projecting"))
-    for color, linewidth in ((PAPER, 4 * line), (BLUE, 2 * line)):
-        axes.add_patch(Rectangle(token[::-1], 1, 1, fill=False, edgecolor=color, linewidth=linewidth, zorder=3))
-    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-
-
 def save(path: Path, figure: Figure) -> None:
     """Write a figure with few colours."""
     buffer = BytesIO()
@@ -144,7 +102,7 @@ def draw(folder: Path, operators: dict = OPERATORS, patch: int = PATCH, token: t
     photo = load_photograph(patch)
     query, key = query_and_key(photo, patch)
     maps = {
-        name: attention_of(lambda q, k, v: operator(q, k, v, **options), query, key, token)  # noqa: B023
+        name: attention_of(lambda value: operator(query, key, value, **options), key, token)  # noqa: B023
         for name, (operator, options) in operators.items()
     }
     aspect = photo.shape[2] / photo.shape[1]

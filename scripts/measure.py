@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-import statistics
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
@@ -15,11 +13,16 @@ import torch
 from torch import Tensor
 
 from zoo import kernels
+from zoo.bench import (  # noqa: F401  (some for the scripts alone)
+    L2_BYTES,
+    NAMES,
+    call_ms,
+    cuda_events,
+    cuda_median,
+    first_line,
+    flash_rule,
+)
 from zoo.kernels.neighborhood.window import window_end, window_start
-
-NAMES = "query", "key", "value", "rel_pos_bias", "extra_key", "extra_value"
-L2_BYTES = 2**26  # no GPU that we measured has more
-
 
 # Attention
 
@@ -145,28 +148,6 @@ def plain_attention(
     return [torch.cat(outs, 1), lse, *(None if x is None else x.to(dtype) for x in sums)]
 
 
-def flash_rule(ours, plain, exact) -> tuple[dict[str, float], list[str]]:
-    """FlashAttention's rule: errors against float64 at most twice those of plain torch in the same dtype.
-
-    Like its tests we grant besides twice the rounding of adding 0.3 to the result and taking it away again: plain torch
-    may happen to be exact.
-
-    Returns the share of the allowed error that each of our tensors takes, and what is wrong in words.
-    """
-    shares, wrong = {}, []
-    for name, a, p, e in zip(("out", "lse", *NAMES), ours, plain, exact, strict=True):
-        if a is None:
-            continue
-        rounded = e.to(p.dtype)
-        errors = (x.double() - y.double() for x, y in ((a, e), (p, e), (rounded + 0.3 - 0.3, rounded)))
-        error, of_plain, rounding = (x.abs().max().item() if x.numel() else 0.0 for x in errors)
-        allowed = 2 * of_plain + 2 * rounding
-        shares[name] = error / max(allowed, 1e-30)
-        if not error <= allowed:
-            wrong.append(f"{name}: {error:.2e} > {allowed:.2e}")
-    return shares, wrong
-
-
 # Floors
 
 
@@ -202,35 +183,6 @@ def query_flops(keys: float, dim: int, backward: bool) -> float:
 # Clocks
 
 
-def _summary(pairs: Iterable[tuple], calls: int) -> float:
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / calls
-
-
-def _events(call: Callable, seconds: float) -> list[tuple]:
-    """Pairs of events for as many repeats as fit the time, 5 to 50."""
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    repeats = min(50, max(5, int(seconds / (time.perf_counter() - start))))
-    return [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
-
-
-def call_ms(call: Callable, seconds: float = 0.5) -> float:
-    """Median milliseconds of a call as a user makes it, launches included, with nothing of it in the cache."""
-    call()
-    flush = torch.empty(4 * L2_BYTES, dtype=torch.int8, device="cuda")
-    events = _events(call, seconds)
-    for begin, end in events:
-        flush.zero_()
-        begin.record()
-        call()
-        end.record()
-    return _summary(events, 1)
-
-
 def graph_ms(calls: Sequence[Callable], seconds: float = 0.5) -> float:
     """Median milliseconds of one of `calls` inside a CUDA graph of all of them: the GPU's time, without the host's.
 
@@ -246,12 +198,12 @@ def graph_ms(calls: Sequence[Callable], seconds: float = 0.5) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    events = _events(graph.replay, seconds)
+    events = cuda_events(graph.replay, seconds)
     for begin, end in events:
         begin.record()
         graph.replay()
         end.record()
-    return _summary(events, len(calls))
+    return cuda_median(events, len(calls))
 
 
 def copies_for(size: int) -> int:
@@ -294,9 +246,3 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; the first column is text, the others are figures."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, short enough for a cell."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:120].replace("|", "/")

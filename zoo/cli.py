@@ -19,8 +19,11 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
   test       measure on the test data         zoo test --config digits/dinat --ckpt_path x.ckpt
   predict    write each image's class         zoo predict photos --checkpoint x.ckpt
   sample     draw images from a trained flow  zoo sample runs/digits-flow/version_0
+  eval-diffusion  compare image folders       zoo eval-diffusion made/ real/ --model inception_v3
 
 look around
+  explain    draw where a model looks         zoo explain photo.jpg --model dinat_tiny
+  bench      time models and kernels here     zoo bench dinat_tiny swin_tiny_patch4_window7_224
   models     list our models                  zoo models 'dinat_*'
   demo       train on digits, draw pictures   zoo demo
   doctor     which kernels run here, and why  zoo doctor
@@ -85,6 +88,55 @@ def run(command: str, args: list[str]) -> None:
         from zoo.sample import run_sample
 
         run_sample(**vars(options))
+    elif command == "explain":
+        parser = ArgumentParser(
+            "zoo explain", description="Draw a classifier's answers, where it looks (Grad-CAM), and its attention."
+        )
+        parser.add_argument("image", help="an image file")
+        parser.add_argument("--model", metavar="NAME", help="any model of timm's or ours; a checkpoint knows its own")
+        parser.add_argument("--checkpoint", metavar="FILE", help="of `zoo fit`, or a file of weights of --model")
+        parser.add_argument("--pretrained", action="store_true", help="download the published weights")
+        parser.add_argument("--output", default="explanation.png", metavar="PNG", help="(default: explanation.png)")
+        options = parser.parse_args(args)
+        from zoo.explain import run_explain
+
+        run_explain(**vars(options))
+    elif command == "bench":
+        parser = ArgumentParser(
+            "zoo bench", description="Measure models of ours or timm's, or our operators, once their results are right."
+        )
+        parser.add_argument("models", nargs="*", metavar="MODEL", help="such as dinat_tiny convnext_tiny")
+        parser.add_argument("--kernels", action="store_true", help="measure neighborhood attention and its peers")
+        parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
+        parser.add_argument("--batch-size", type=int, default=1, help="for throughput and memory (default: 1)")
+        parser.add_argument("--image-size", type=int, help="side in pixels (default: each model's own)")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+        parser.add_argument("--compile", action="store_true", help="run models through torch.compile")
+        parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure (default: 2)")
+        parser.add_argument("--output", metavar="DIR", help="write the figures as CSV and a plot into this folder")
+        options = vars(parser.parse_args(args))
+        from zoo.bench import Settings, run_bench
+
+        run_bench(options.pop("models"), options.pop("kernels"), options.pop("output"), Settings(**options))
+    elif command == "eval-diffusion":
+        parser = ArgumentParser(
+            "zoo eval-diffusion", description="Measure how far generated images are from real ones."
+        )
+        parser.add_argument("generated", help="a folder of images, or a pipeline or run as `zoo sample` takes it")
+        parser.add_argument("real", help="a folder of images")
+        parser.add_argument("--model", metavar="NAME", help="whose features are compared: any of timm's or ours")
+        parser.add_argument("--checkpoint", metavar="FILE", help="of `zoo fit`, or a file of weights of --model")
+        parser.add_argument("--pretrained", action="store_true", help="download the published weights")
+        parser.add_argument("--samples", type=int, default=1000, help="drawn from a pipeline (default: 1000)")
+        parser.add_argument("--steps", type=int, default=20, help="steps from noise to image (default: 20)")
+        parser.add_argument("--guidance", type=float, default=1.0, help="of a pipeline, 1 for none (default: 1)")
+        parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
+        parser.add_argument("--seed", type=int, default=0, help="of the samples and the subsets (default: 0)")
+        parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda where there is one)")
+        options = parser.parse_args(args)
+        from zoo.eval_diffusion import run_eval_diffusion
+
+        run_eval_diffusion(**vars(options))
     elif command == "models":
         parser = ArgumentParser("zoo models", description="List our models, with their published ImageNet-1k top-1.")
         parser.add_argument("pattern", nargs="?", default="*", help="such as 'dinat_*', quoted, or any part of a name")

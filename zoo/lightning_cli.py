@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -12,6 +13,7 @@ from zoo.data import Digits, ImageFolder, ReportSkipped  # noqa: F401  (so that 
 from zoo.errors import UserError
 from zoo.evaluation import WritePredictions
 from zoo.recipes import resolve_recipes
+from zoo.report import Report
 from zoo.task import Classification
 from zoo.training import SIGTERM_STATUS, GlobalBatchSize, SaveProgress, SkipNonFinite, find_last_checkpoint
 
@@ -28,7 +30,7 @@ class RecipeCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             trainer_defaults={
-                "callbacks": [ReportSkipped()],
+                "callbacks": [ReportSkipped(), Report(args)],
                 "default_root_dir": "runs",
                 "plugins": [{"class_path": "zoo.training.AtomicCheckpointIO"}],
             },
@@ -64,6 +66,15 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         # Checkpoints are never unpickled beyond tensors and plain values.
         self.config[self.subcommand]["weights_only"] = True
+        trainer = self.config[self.subcommand].trainer
+        if self.subcommand == "fit" and trainer.logger in (None, True):
+            trainer.logger = [
+                Namespace(class_path=f"lightning.pytorch.loggers.{name}", init_args=Namespace(save_dir=folder))
+                for name, folder in (
+                    ("CSVLogger", trainer.default_root_dir),  # the first one's folder is the run's
+                    ("TensorBoardLogger", f"{trainer.default_root_dir}/tensorboard"),
+                )
+            ]
 
     def instantiate_classes(self) -> None:
         try:

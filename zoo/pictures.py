@@ -1,12 +1,14 @@
 """Pictures of a trained classifier (predictions, confusion matrix, learning curves, attention maps) and of samples."""
 
 import csv
+import textwrap
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -156,6 +158,32 @@ def save_samples(path: Path, images: Tensor, nearest: Tensor, classes: list[str]
     figure.savefig(path)
 
 
+def save_bars(path: Path, labels: list[str], values: list[float | None], quantity: str, title: str) -> None:
+    """Draw horizontal bars from the top down.
+
+    Args:
+        path: PNG file to write.
+        labels: Names of the bars.
+        values: Their lengths; None where nothing was measured.
+        quantity: What is drawn, with its unit.
+        title: Title of the figure.
+    """
+    lines = 1 + max(label.count("\n") for label in labels)
+    figure = _figure(8, 0.9 + 0.24 * len(labels) * (0.6 + lines))
+    axes = figure.subplots()
+    most = max((value for value in values if value is not None), default=1)
+    for i, value in enumerate(values):
+        ours = labels[i].startswith("zoo ")
+        axes.barh(i, value or 0, color=BLUE if ours or lines == 1 else GREY, height=0.6)
+        text = "not measured" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+        axes.text((value or 0) + 0.01 * most, i, text, va="center", fontsize=8, color=INK)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set(xlim=(0, 1.12 * most), ylim=(len(labels) - 0.5, -0.5), xlabel=quantity)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=8, loc="left")
+    figure.savefig(path)
+
+
 def save_attention(path: Path, model: nn.Module, image: Tensor, pixel: tuple[int, int], title: str) -> None:
     """Draw what one query attends to at each level, in the first plain and the first dilated block.
 
@@ -167,6 +195,7 @@ def save_attention(path: Path, model: nn.Module, image: Tensor, pixel: tuple[int
         title: Title of the figure.
     """
     maps = attention_maps(model, image)
+    paper = 1 - (image - image.min()) / (image.max() - image.min())
     height, width = image.shape[-2:]
     figure = _figure(2.3 * len(model.levels) + 0.3, 5.6)
     figure.suptitle(title, fontsize=11)
@@ -191,7 +220,7 @@ def save_attention(path: Path, model: nn.Module, image: Tensor, pixel: tuple[int
             weights = maps[level][block]
             rows, columns = weights.shape[:2]
             query = pixel[0] * rows // height, pixel[1] * columns // width
-            _paint(axes, image[0], weights[query], query)
+            paint(axes, paper, weights[query], query, line=0.8)
             attn = stage.blocks[block].attn
             spacing = "" if kind == "neighborhood" else f", {attn.dilation[0]} apart"
             axes.set_xlabel(
@@ -200,23 +229,98 @@ def save_attention(path: Path, model: nn.Module, image: Tensor, pixel: tuple[int
     figure.savefig(path)
 
 
-def _paint(axes: Axes, image: Tensor, weights: Tensor, query: tuple[int, int]) -> None:
-    """Paint the weights [rows, columns] of one query over an image, frame the tokens it sees, and mark the query."""
-    height, width = image.shape
-    rows, columns = weights.shape
+def save_explanation(
+    path: Path,
+    pixels: Tensor,
+    answers: list[tuple[str, float]],
+    cam: Tensor,
+    point: tuple[float, float],
+    panels: list[tuple[str, Tensor, tuple[int, int]]],
+    title: str,
+) -> None:
+    """Draw an image, where the evidence for a classifier's answer is, its answers, and what one token attends to.
+
+    Args:
+        path: PNG file to write.
+        pixels: [3, height, width], 0 to 1, the image as the model sees it.
+        answers: Names and probabilities, the most likely first.
+        cam: [rows, columns], evidence for the most likely, 0 to 1.
+        point: The token that asks: from the top and from the left, 0 to 1.
+        panels: For each panel its caption, the weights [rows, columns] and the query's row and column.
+        title: Title of the figure.
+    """
+    height, width = pixels.shape[1:]
+    columns = 3
+    rows = 1 + -(-len(panels) // columns)
+    figure = _figure(9, 3.2 * rows * height / width + 0.5)
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    photo, evidence, bars = grid[0]
     extent = (0, width, height, 0)
-    axes.imshow(image.numpy(), cmap="gray_r", extent=extent, alpha=0.75)
-    axes.imshow(
-        weights.numpy(), cmap=OVERLAY, vmin=0, vmax=float(weights.max()), extent=extent, interpolation="nearest"
+    for axes, caption in (
+        (photo, "the image as the model sees it"),
+        (evidence, f"Grad-CAM, {cam.shape[0]} x {cam.shape[1]}: evidence for the first answer"),
+    ):
+        _bare(axes)
+        axes.spines[:].set_visible(False)
+        axes.set_title(caption, fontsize=9)
+    photo.imshow(pixels.permute(1, 2, 0).numpy(), extent=extent)
+    evidence.imshow(pixels.mean(0).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
+    evidence.imshow(
+        cam.numpy(), cmap="magma", vmin=0, vmax=1, alpha=0.6, extent=extent, interpolation="bilinear", clip_on=True
     )
+    for axes in (photo, evidence):
+        axes.plot(point[1] * width, point[0] * height, marker="s", markersize=8, color=BLUE, markeredgecolor=PAPER)
+        axes.set(xlim=(0, width), ylim=(height, 0))
 
-    def frame(token: tuple[int, int], **style: Any) -> None:
-        corner = token[1] * width / columns, token[0] * height / rows
-        axes.add_patch(Rectangle(corner, width / columns, height / rows, fill=False, **style))
+    positions = range(len(answers))
+    bars.barh(positions, [p for _, p in answers], color=[BLUE] + [GREY] * (len(answers) - 1), height=0.3)
+    for i, (name, probability) in enumerate(answers):
+        bars.text(0, i - 0.22, f"{_shorten(name)}   {probability:.1%}", fontsize=9, va="bottom", color=INK)
+    bars.set(xlim=(0, 1), ylim=(len(answers) - 0.5, -0.7), yticks=[], xticks=[])
+    bars.spines[["top", "right", "bottom"]].set_visible(False)
+    bars.set_title(f"the {len(answers)} most likely answers", fontsize=9)
 
-    for token in weights.nonzero().tolist():
-        frame(token, edgecolor=RED, linewidth=8 / max(rows, 10))
-    frame(query, edgecolor=BLUE, linewidth=2, zorder=3)
+    for axes in list(grid[1:].flat)[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (caption, weights, query) in zip(grid[1:].flat, panels):
+        paint(axes, pixels, weights, query, line=0.8)
+        axes.set_title(f"{weights.shape[0]} x {weights.shape[1]} tokens", fontsize=9)
+        axes.set_xlabel("\n".join(textwrap.wrap(caption, 44)), fontsize=8)
+    if panels:
+        figure.supxlabel("attention of the token framed in blue, mean over heads (darker red: more)", fontsize=9)
+    figure.savefig(path)
+
+
+def paint(axes: Axes, photo: Tensor, weights: Tensor, token: tuple[int, int], line: float) -> None:
+    """Paint weights over a photograph in red, outline what is seen, fade what is not, and frame the query in blue.
+
+    Args:
+        axes: Where to paint.
+        photo: [channels, height, width], 0 to 1; shown in grey.
+        weights: [rows, columns], of tokens that are equal parts of the photograph; 0 where nothing is seen.
+        token: Row and column of the query.
+        line: Width of the outline.
+    """
+    rows, columns = weights.shape
+    seen = weights > 0
+    extent = (0, columns, rows, 0)
+    grey = 0.25 + 0.75 * photo.mean(0)
+    unseen = F.interpolate((~seen)[None, None].double(), size=grey.shape, mode="nearest-exact")[0, 0] > 0
+    grey[unseen] = 0.5 + 0.5 * grey[unseen]
+    axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto")
+    axes.imshow(weights.numpy(), cmap=OVERLAY, vmin=0, vmax=float(weights.max()), extent=extent, aspect="auto")
+    axes.set_box_aspect(photo.shape[1] / photo.shape[2])
+
+    padded = F.pad(seen, (1, 1, 1, 1))
+    above = (padded[1:, 1:-1] != padded[:-1, 1:-1]).nonzero().tolist()  # edges between a seen and an unseen token
+    left = (padded[1:-1, 1:] != padded[1:-1, :-1]).nonzero().tolist()
+    edges = [((x, y), (x + 1, y)) for y, x in above] + [((x, y), (x, y + 1)) for y, x in left]
+    axes.add_collection(LineCollection(edges, colors=RED, linewidths=line, capstyle="projecting"))
+    for color, linewidth in ((PAPER, 4 * line), (BLUE, 2 * line)):
+        axes.add_patch(Rectangle(token[::-1], 1, 1, fill=False, edgecolor=color, linewidth=linewidth, zorder=3))
+    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 @torch.inference_mode()
@@ -273,3 +377,7 @@ def _bare(axes: Axes) -> None:
 def _percent(probability: Tensor) -> str:
     """Write a probability in percent, never rounding up to certainty."""
     return ">99 %" if probability > 0.99 else f"{100 * float(probability):.0f} %"
+
+
+def _shorten(name: str) -> str:
+    return textwrap.shorten(name, 38, placeholder="…")

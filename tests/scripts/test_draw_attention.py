@@ -24,8 +24,8 @@ def weights(draw_attention):
     def compute(name):
         operator, options = draw_attention.OPERATORS[name]
         query, key = draw_attention.query_and_key(draw_attention.load_photograph(13), 13)
-        call = lambda q, k, v: operator(q, k, v, **options)  # noqa: E731
-        return draw_attention.attention_of(call, query, key, draw_attention.QUERY), query, key
+        call = lambda value: operator(query, key, value, **options)  # noqa: E731
+        return draw_attention.attention_of(call, key, draw_attention.QUERY), query, key
 
     return compute
 

@@ -27,7 +27,19 @@ def test_help_fits_a_screen_and_names_every_command(capsys, args):
     lines = text.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100
-    for command in ("fit", "validate", "test", "predict", "sample", "models", "demo", "doctor"):
+    for command in (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "sample",
+        "eval-diffusion",
+        "explain",
+        "bench",
+        "models",
+        "demo",
+        "doctor",
+    ):
         assert any(line.startswith(f"  {command} ") for line in lines), command
     for recipe in list_recipes():
         assert recipe in text
@@ -43,7 +55,7 @@ def test_unknown_command(capsys):
     assert "no command 'trian'; `zoo --help`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["sample", "models", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["sample", "eval-diffusion", "explain", "bench", "models", "demo", "doctor"])
 def test_command_help(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
