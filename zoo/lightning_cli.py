@@ -97,8 +97,9 @@ class RecipeCLI(LightningCLI):
         if config.get("ckpt_path") == "last":  # Lightning would look in the folder of the new run only
             path = find_last_checkpoint(self.trainer)
             config["ckpt_path"] = path and str(path)
+            self.checkpoint = read_lightning_checkpoint(path) if path and path.is_file() else None
         if self.checkpoint is not None and self.model.strict_loading:
-            check_fits(self.checkpoint, self.model, self.config[self.subcommand]["ckpt_path"])
+            check_fits(self.checkpoint, self.model, config["ckpt_path"])
         self.checkpoint = None
 
     def fit(self, **kwargs: Any) -> None:

@@ -246,12 +246,14 @@ def test_fit_validate_predict(capsys, monkeypatch, tmp_path):
     assert main(["validate", *base, "--ckpt_path", str(last), "--trainer.limit_val_batches", "1"]) == 0
     assert "val_top1" in capsys.readouterr().out
 
-    assert main(["predict", *base, "--ckpt_path", str(last), "--trainer.limit_predict_batches", "2"]) == 0
+    assert main(["predict", *base, "--ckpt_path", "last", "--trainer.limit_predict_batches", "2"]) == 0
     with next((tmp_path / "runs").rglob("predictions.csv")).open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16
     assert all(row["label"] == row["class"] and 0.1 <= float(row["probability"]) <= 1 for row in rows)
 
+    assert main(["validate", *base, "--model.model_name", "test_vit", "--ckpt_path", "last"]) == 2
+    assert "do not fit the model" in capsys.readouterr().err
     other = [*base, "--model.model_name", "test_vit", "--ckpt_path", str(last)]
     assert main(["validate", *other]) == 2
     assert "last.ckpt holds a test_dinat, but the configuration asks for test_vit" in capsys.readouterr().err
