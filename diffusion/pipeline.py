@@ -14,6 +14,10 @@ __all__ = ["FlowPipeline"]
 class FlowPipeline(DiffusionPipeline):
     """Images of chosen classes from noise, by integrating the velocity that a denoiser predicts.
 
+    `save_pretrained` writes a standard folder, and `FlowPipeline.from_pretrained` reads it. diffusers' own
+    `DiffusionPipeline.from_pretrained` knows the pipelines of other packages only by the file that holds them, which it
+    runs: `custom_pipeline=zoo.diffusion.__path__[0]`, and `trust_remote_code=True` for newer versions of diffusers.
+
     Papers: rectified flow (https://arxiv.org/abs/2209.03003), classifier-free guidance
     (https://arxiv.org/abs/2207.12598).
 

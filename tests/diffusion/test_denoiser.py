@@ -7,6 +7,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+import zoo.diffusion
 from zoo.diffusion import FlowPipeline, NeighborhoodDenoiser
 
 SMALL = dict(sample_size=8, in_channels=1, num_classes=3, dim=16, depth=2, num_heads=2)
@@ -186,6 +187,18 @@ class TestPipeline:
         copy = FlowPipeline.from_pretrained(tmp_path)
         copy.set_progress_bar_config(disable=True)
         assert isinstance(copy.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+        assert torch.equal(draw(copy), draw(pipeline))
+
+    def test_loading_by_the_base_class(self, tmp_path, monkeypatch):
+        """diffusers copies the file of a pipeline that is not its own into a cache, and imports it from there."""
+        monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+        pipeline = make_pipeline()
+        pipeline.save_pretrained(tmp_path / "flow")
+        copy = diffusers.DiffusionPipeline.from_pretrained(
+            tmp_path / "flow", custom_pipeline=zoo.diffusion.__path__[0], trust_remote_code=True
+        )
+        copy.set_progress_bar_config(disable=True)
+        assert isinstance(copy.denoiser, NeighborhoodDenoiser)
         assert torch.equal(draw(copy), draw(pipeline))
 
     def test_scheduler_for_another_prediction(self):
