@@ -22,12 +22,19 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import (
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 from torch import Tensor, nn
 
 from zoo.backbones._backbone import Backbone, Stages, TransformerBlock
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
+from zoo.kernels._symbols import is_symbol
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
 __all__ = ["GcVit", "GlobalContextBlock", "GlobalQuery", "WindowAttention"]
@@ -183,13 +190,53 @@ class GlobalContextBlock(TransformerBlock):
         return self._add(x, self.attn(self.norm1(x), q_global))
 
 
+@register_notrace_function  # whether it cuts depends on the map
+def stack_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """[batch, height, width, dim] -> [batch, windows * height of one, width of one, dim], windows row by row
+
+    The map is left as it is where windows do not divide it.
+    """
+    height, width = x.shape[1], x.shape[2]
+    rows, cols = window_size
+    if is_symbol(height) or is_symbol(width) or height % rows > 0 or width % cols > 0:
+        return x
+    return x.unflatten(2, (-1, cols)).unflatten(1, (-1, rows)).transpose(2, 3).flatten(1, 3)
+
+
+@register_notrace_function
+def unstack_windows(x: Tensor, height: int, width: int, window_size: tuple[int, int]) -> Tensor:
+    """Inverse of `stack_windows`, for a map of this height and width."""
+    rows, cols = window_size
+    if x.shape[1] == height:  # not stacked, or of one column
+        return x
+    return x.unflatten(1, (height // rows, width // cols, rows)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
 class GlobalContextBlocks(nn.ModuleList):
-    """Blocks in a row, all with the same global query."""
+    """Blocks in a row, all with the same windows and the same global query.
+
+    No block sees beyond a window. So the map is cut once for all: the blocks have a map of windows below each other.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        super().__init__(blocks)
+        self.window_size = self[0].attn.window_size
 
     def forward(self, x: Tensor, q_global: Tensor | None = None) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        x = stack_windows(x, self.window_size)
         for block in self:
             x = block(x, q_global)
-        return x
+        return unstack_windows(x, height, width, self.window_size)
+
+
+@register_notrace_function
+def as_autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype of autocast, if that is on: what convolves it takes it so, and what is added to it is so."""
+    if not torch.jit.is_scripting():
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 class SqueezeExcite(nn.Module):
@@ -244,7 +291,7 @@ class ConvReduction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, height, width, dim] -> [batch, ceil(height / 2), ceil(width / 2), out_dim]"""
-        x = self.norm1(x).permute(0, 3, 1, 2)
+        x = as_autocast(self.norm1(x).permute(0, 3, 1, 2))
         x = self.reduction(x + self.conv(x))
         return self.norm2(x.permute(0, 2, 3, 1))
 
@@ -268,7 +315,7 @@ class ConvEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in_chans, height, width] -> [batch, ceil(height / 4), ceil(width / 4), embed_dim]"""
-        return self.conv_down(self.proj(x).permute(0, 2, 3, 1))
+        return self.conv_down(self.proj(x).permute(0, 2, 3, 1).contiguous())  # the norm would copy in float32
 
 
 class ResidualConv(nn.Module):
@@ -318,7 +365,7 @@ class GlobalQuery(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, height, width, dim] -> [batch, *window_size, num_heads, dim // num_heads]"""
-        x = self.to_q_global(x.permute(0, 3, 1, 2))
+        x = self.to_q_global(as_autocast(x.permute(0, 3, 1, 2)))
         if x.shape[2] != self.window_size[0] or x.shape[3] != self.window_size[1]:
             x = F.interpolate(x, size=list(self.window_size), mode="bicubic", align_corners=False)
         return x.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))

@@ -178,7 +178,7 @@ class ConvEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in_chans, height, width] -> [batch, ceil(height / 4), ceil(width / 4), embed_dim]"""
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())  # under autocast it would copy in float32
 
 
 class ConvDownsample(nn.Module):

@@ -75,9 +75,6 @@ def window_attention_2d(
     scale = resolve_scale(scale, query)
     check_backend(backend, BACKENDS)
 
-    if torch.compiler.is_exporting() and query.shape != key.shape:
-        # torch 2.11 cannot tell that the layout of a broadcast query suits every batch size.
-        query = query.repeat(1, key.shape[1] // window_size[0], key.shape[2] // window_size[1], 1, 1)
     # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
     module = reference if backend == "reference" or key.shape[0] == 0 else tiled
     options = window_size, shift, rel_pos_bias, scale

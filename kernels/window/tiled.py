@@ -25,47 +25,36 @@ def window_attention_2d(
     batch, height, width, heads = key.shape[0], key.shape[1], key.shape[2], key.shape[3]
     rows, cols = window_size
     windows = (height // rows) * (width // cols)
-    shared = query.shape[1] != height or query.shape[2] != width
+    if query.shape[1] != height or query.shape[2] != width:  # every window has the same query
+        query = query.repeat(1, height // rows, width // cols, 1, 1)
     shifted = shift[0] > 0 or shift[1] > 0
     bias = None if rel_pos_bias is None else dense_bias(rel_pos_bias, rows, cols, query.dtype)
 
     # The fused kernels take [outer, inner, tokens, dim], with a mask that they broadcast along `outer`.
-    if shared:  # the query is broadcast over windows, not copied
-        outer, inner = windows, batch * heads
-        query = query.permute(0, 3, 1, 2, 4).reshape(inner, rows * cols, query.shape[-1]).expand(outer, -1, -1, -1)
-        bias = None if bias is None else bias.repeat(batch, 1, 1)
-    elif shifted:  # every window has a mask of its own
+    if shifted:  # every window has a mask of its own
         outer, inner = batch, windows * heads
         query, key, value = [x.roll((-shift[0], -shift[1]), (1, 2)) for x in (query, key, value)]
         bias = _shift_mask(bias, key, window_size, shift)
     else:
         outer, inner = batch * windows, heads
 
-    if not shared:
-        query = _partition(query, window_size, outer, inner)
-    key = _partition(key, window_size, outer, inner, windows_first=shared)
-    value = _partition(value, window_size, outer, inner, windows_first=shared)
+    query, key, value = [_partition(x, window_size, outer, inner) for x in (query, key, value)]
     mask = None if bias is None else bias.unsqueeze(0)  # of four dimensions, as in neighborhood/dense.py
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
-    sizes = [batch, height // rows, width // cols, heads, rows, cols, value.shape[-1]]
-    if shared:
-        out = out.reshape(sizes[1:3] + sizes[:1] + sizes[3:]).permute(2, 0, 4, 1, 5, 3, 6)
-    else:
-        out = out.reshape(sizes).permute(0, 1, 4, 2, 5, 3, 6)
-    out = out.reshape(batch, height, width, heads, value.shape[-1])
+    out = out.reshape(batch, height // rows, width // cols, heads, rows, cols, value.shape[-1])
+    out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, heads, value.shape[-1])
     return out.roll((shift[0], shift[1]), (1, 2)) if shifted else out
 
 
-def _partition(x: Tensor, window_size: tuple[int, int], outer: int, inner: int, windows_first: bool = False) -> Tensor:
+def _partition(x: Tensor, window_size: tuple[int, int], outer: int, inner: int) -> Tensor:
     """[batch, height, width, heads, dim] -> [outer, inner, tokens of a window, dim]
 
-    `outer` and `inner` are cut from batch, windows, heads, or from windows, batch, heads.
+    `outer` and `inner` are cut from batch, windows, heads. Where windows are below each other, nothing is copied.
     """
     rows, cols = window_size
     x = x.unflatten(2, (-1, cols)).unflatten(1, (-1, rows))  # [batch, down, rows, across, cols, heads, dim]
-    x = x.permute(1, 3, 0, 5, 2, 4, 6) if windows_first else x.permute(0, 1, 3, 5, 2, 4, 6)
-    return x.reshape(outer, inner, rows * cols, x.shape[-1])
+    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(outer, inner, rows * cols, x.shape[-1])
 
 
 def _shift_mask(bias: Tensor | None, like: Tensor, window_size: tuple[int, int], shift: tuple[int, int]) -> Tensor:

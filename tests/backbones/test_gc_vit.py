@@ -10,7 +10,15 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 import zoo  # noqa: F401  (registers the models)
 from golden_cases import list_cases, load_case, max_error
-from zoo.backbones.gc_vit import ConvEmbed, GcVit, GlobalContextBlock, GlobalQuery, WindowAttention
+from zoo.backbones.gc_vit import (
+    ConvEmbed,
+    GcVit,
+    GlobalContextBlock,
+    GlobalQuery,
+    WindowAttention,
+    stack_windows,
+    unstack_windows,
+)
 from zoo.models import published_top1
 
 DEPTHS = (3, 4, 19, 5)
@@ -434,3 +442,15 @@ def test_dropout_rates_and_layers_reach_the_blocks():
     assert type(model.norm).__name__ == type(model.levels[0].downsample.norm1).__name__ == "RmsNorm"
     assert isinstance(block.mlp.act, torch.nn.ReLU)
     assert isinstance(model.levels[0].q_global_gen.to_q_global[0].conv[1], torch.nn.ReLU)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (3, 8), (6, 2), (5, 8)])
+def test_windows_are_stacked_and_unstacked(size):
+    x = torch.arange(2 * size[0] * size[1] * 3).view(2, *size, 3)
+    stacked = stack_windows(x, (3, 2))
+    if size == (5, 8):  # left as it is
+        assert stacked is x
+    else:
+        assert stacked.shape == (2, x[0, :, :, 0].numel() // 2, 2, 3)
+        assert stacked[:, -3:].equal(x[:, -3:, -2:])
+    assert unstack_windows(stacked, *size, (3, 2)).equal(x)
