@@ -141,9 +141,9 @@ class Evaluation(torch.nn.Module):
         """Write the confusion matrix and the table of classes into the run's folder, if it has one, and start anew."""
         if self.confusion is None:
             return
-        if trainer.loggers and not trainer.sanity_checking:
-            matrix = self.confusion.compute()  # these two wait for the other processes
-            folder = Path(trainer.log_dir)
+        folder = trainer.log_dir if trainer.loggers else None  # waits for the other processes, as the sum does
+        if folder is not None and not trainer.sanity_checking:
+            folder, matrix = Path(folder), self.confusion.compute()
             if trainer.is_global_zero:
                 names = getattr(trainer.datamodule, "classes", None) or range(len(matrix))
                 write_confusion(folder / f"{self.prefix}confusion.csv", matrix.cpu(), names)
