@@ -20,6 +20,8 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
   predict    write each image's class         zoo predict --config digits/dinat --ckpt_path x.ckpt
   sample     draw images from a trained flow  zoo sample runs/digits-flow/version_0
 
+  export     write a model for other programs  zoo export x.ckpt --format onnx --output x.onnx
+
 look around
   models     list our models                  zoo models 'dinat_*'
   demo       train on digits, draw pictures   zoo demo
@@ -72,6 +74,21 @@ def run(command: str, args: list[str]) -> None:
         from zoo.sample import run_sample
 
         run_sample(**vars(options))
+    elif command == "export":
+        parser = ArgumentParser(
+            "zoo export", description="Write a model as a file for other programs, checked against the model."
+        )
+        parser.add_argument("source", metavar="MODEL|CHECKPOINT", help="a model's name or a checkpoint of `zoo fit`")
+        parser.add_argument("--format", required=True, choices=("onnx", "torch-export", "torchscript"))
+        parser.add_argument("--output", required=True, metavar="FILE")
+        parser.add_argument("--image-size", type=int, metavar="N", help="side of the images (default: the model's)")
+        parser.add_argument("--dynamic-size", action="store_true", help="images may have other heights and widths too")
+        parser.add_argument("--pretrained", action="store_true", help="the published weights of a named model")
+        parser.add_argument("--weights", metavar="FILE", help="a file of weights for a named model")
+        options = parser.parse_args(args)
+        from zoo.export import run_export
+
+        run_export(**vars(options))
     elif command == "models":
         parser = ArgumentParser("zoo models", description="List our models, with their published ImageNet-1k top-1.")
         parser.add_argument("pattern", nargs="?", default="*", help="such as 'dinat_*', quoted, or any part of a name")
