@@ -192,11 +192,12 @@ class _AnySize(nn.Module):
         self.step = step
 
     def forward(self, images: Tensor) -> Tensor:
-        batch, channels, height, width = images.shape
-        batch = self.unknown(batch, MAX_BATCH)
+        batch = self.unknown(images.shape[0], MAX_BATCH)
+        images = images.index_select(0, torch.arange(batch))  # reshaped to it, it would be known as the shape's symbol
         if self.step is not None:
-            height, width = (self.unknown(n // self.step, MAX_SIDE // self.step) * self.step for n in (height, width))
-        return self.model(images.reshape(batch, channels, height, width))
+            height, width = (self.unknown(n // self.step, MAX_SIDE // self.step) for n in images.shape[2:])
+            images = images.reshape(batch, images.shape[1], height * self.step, width * self.step)
+        return self.model(images)
 
     def unknown(self, size: int, largest: int) -> int:
         number = torch.scalar_tensor(size, dtype=torch.int64).item()
