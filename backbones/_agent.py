@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.backbones._checkpoint import AdaptedLoading
 from zoo.kernels import agent_attention, pool_agents
+from zoo.kernels._symbols import is_symbol
 from zoo.kernels.agent import sdpa
 
 __all__ = [
@@ -154,7 +155,7 @@ class AgentAttention(AdaptedLoading, nn.Module):
 
 def _resize_axis(table: Tensor, axis: int, size: int) -> Tensor:
     """Stretch one axis of `table` linearly."""
-    if table.shape[axis] == size:
+    if not is_symbol(size) and table.shape[axis] == size:
         return table
     lines = table.movedim(axis, -1)
     # As a map of one column: of a list, torch's gradient on a GPU is not deterministic.
@@ -164,7 +165,8 @@ def _resize_axis(table: Tensor, axis: int, size: int) -> Tensor:
 
 def _resize_map(x: Tensor, height: int, width: int, mode: str = "bilinear") -> Tensor:
     """Stretch the last two axes."""
-    if x.shape[-2] == height and x.shape[-1] == width:
+    # To its own size, which a symbol may be, the map is stretched to itself.
+    if not is_symbol(height) and not is_symbol(width) and x.shape[-2] == height and x.shape[-1] == width:
         return x
     return F.interpolate(x, size=(height, width), mode=mode, align_corners=False)
 

@@ -18,12 +18,27 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.backbones._checkpoint import CheckedLoading
+from zoo.kernels._symbols import is_symbol
 
-__all__ = ["Backbone", "Blocks", "CheckpointedBlock", "PaddedPatchEmbed", "Stage", "Stages", "TransformerBlock"]
+__all__ = [
+    "Backbone",
+    "Blocks",
+    "CheckpointedBlock",
+    "PaddedPatchEmbed",
+    "Stage",
+    "Stages",
+    "TransformerBlock",
+    "any_padding",
+]
 
 
 # timm's patches as a map of [batch, height, width, channels], of an image of any size padded to whole patches
 PaddedPatchEmbed = partial(PatchEmbed, img_size=None, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
+
+
+def any_padding(bottom: int, right: int) -> bool:
+    """Whether a map is to be padded. By symbols it always is: they may be 0."""
+    return is_symbol(bottom) or is_symbol(right) or bottom > 0 or right > 0
 
 
 class CheckpointedBlock(nn.Module):

@@ -27,6 +27,7 @@ from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages, T
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.backbones.gc_vit import WindowAttention
 from zoo.kernels import window_attention_2d
+from zoo.kernels._symbols import is_symbol
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
 __all__ = ["AgentMapAttention", "AgentSwin", "ShiftedWindowAttention"]
@@ -108,14 +109,16 @@ class ShiftedWindowAttention(WindowAttention):
         """[batch, height, width, dim], any height and width -> [batch, height, width, dim]"""
         height, width = x.shape[1], x.shape[2]
         window = (min(self.window_size[0], height), min(self.window_size[1], width))
-        shift = (self.shift if height > window[0] else 0, self.shift if width > window[1] else 0)
-        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
+        # 0 where the map is not longer than the window; said without a comparison, for exporters
+        shift = (min(self.shift, self.shift * (height - window[0])), min(self.shift, self.shift * (width - window[1])))
+        padded = (-(-height // window[0]) * window[0], -(-width // window[1]) * window[1])
+        x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
 
         cut_h, cut_w = self.window_size[0] - window[0], self.window_size[1] - window[1]
         table = self._bias()  # of a smaller window, the middle
         bias = table[:, cut_h : table.shape[1] - cut_h, cut_w : table.shape[2] - cut_w]
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting() or is_symbol(height) or is_symbol(width):
             x = scripted_window_attention_2d(query, key, value, window, shift, bias, self.scale)
         else:
             x = window_attention_2d(query, key, value, window, shift, rel_pos_bias=bias, scale=self.scale)

@@ -18,7 +18,7 @@ from timm.layers import DropPath, LayerNorm2d, LayerType, calculate_drop_path_ra
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, CheckpointedBlock
+from zoo.backbones._backbone import Backbone, CheckpointedBlock, any_padding
 from zoo.backbones._checkpoint import build_model
 from zoo.kernels import routing_attention_2d
 
@@ -77,18 +77,17 @@ class RoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, height, width, dim] -> [batch, height, width, dim]"""
         height, width = x.shape[1], x.shape[2]
-        pad_h = (self.n_win - height % self.n_win) % self.n_win
-        pad_w = (self.n_win - width % self.n_win) % self.n_win
-        if pad_h > 0 or pad_w > 0:
+        region_size = (-(-height // self.n_win), -(-width // self.n_win))
+        pad_h, pad_w = region_size[0] * self.n_win - height, region_size[1] * self.n_win - width
+        if any_padding(pad_h, pad_w):
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
 
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        region_size = (x.shape[1] // self.n_win, x.shape[2] // self.n_win)
         x = _route(qkv, region_size, self.topk, self.scale).flatten(3)
         value = qkv[:, :, :, 2].flatten(3)
         x = x + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-        if pad_h > 0 or pad_w > 0:
+        if any_padding(pad_h, pad_w):
             x = x[:, :height, :width]
         return self.wo(x)
 

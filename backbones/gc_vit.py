@@ -31,7 +31,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Stages, TransformerBlock
+from zoo.backbones._backbone import Backbone, Stages, TransformerBlock, any_padding
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
 from zoo.kernels._symbols import is_symbol
@@ -108,8 +108,9 @@ class WindowAttention(AdaptedLoading, nn.Module):
             ValueError: `q_global` is missing.
         """
         height, width = x.shape[1], x.shape[2]
-        pad_h, pad_w = -height % self.window_size[0], -width % self.window_size[1]
-        if pad_h > 0 or pad_w > 0:
+        pad_h = -(-height // self.window_size[0]) * self.window_size[0] - height
+        pad_w = -(-width // self.window_size[1]) * self.window_size[1] - width
+        if any_padding(pad_h, pad_w):
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
 
         if self.use_global:
@@ -126,7 +127,7 @@ class WindowAttention(AdaptedLoading, nn.Module):
             x = window_attention_2d(query, key, value, self.window_size, rel_pos_bias=bias, scale=self.scale)
         x = x.flatten(3)
 
-        if pad_h > 0 or pad_w > 0:
+        if any_padding(pad_h, pad_w):
             x = x[:, :height, :width]
         return self.proj_drop(self.proj(x))
 
@@ -366,7 +367,8 @@ class GlobalQuery(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, height, width, dim] -> [batch, *window_size, num_heads, dim // num_heads]"""
         x = self.to_q_global(as_autocast(x.permute(0, 3, 1, 2)))
-        if x.shape[2] != self.window_size[0] or x.shape[3] != self.window_size[1]:
+        height, width = x.shape[2], x.shape[3]
+        if is_symbol(height) or is_symbol(width) or height != self.window_size[0] or width != self.window_size[1]:
             x = F.interpolate(x, size=list(self.window_size), mode="bicubic", align_corners=False)
         return x.permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, -1))
 

@@ -30,7 +30,7 @@ from timm.layers.halo_attn import HaloAttn
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Blocks, CheckpointedBlock
+from zoo.backbones._backbone import Backbone, Blocks, CheckpointedBlock, any_padding
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import halo_attention_2d
 
@@ -93,11 +93,12 @@ class HaloAttention(HaloAttn):
         dim_head = self.dim_head_qk + self.dim_head_v
         key_value = self.kv(x).unflatten(1, (self.num_heads, dim_head)).permute(0, 3, 4, 1, 2)
         height, width = query.shape[1], query.shape[2]
-        pad_h, pad_w = -x.shape[2] % self.block_size, -x.shape[3] % self.block_size
-        if pad_h > 0 or pad_w > 0:
+        blocks_h, blocks_w = -(-x.shape[2] // self.block_size), -(-x.shape[3] // self.block_size)
+        pad_h, pad_w = blocks_h * self.block_size - x.shape[2], blocks_w * self.block_size - x.shape[3]
+        if any_padding(pad_h, pad_w):
             key_value = F.pad(key_value, (0, 0, 0, 0, 0, pad_w, 0, pad_h))
-            pad_h = key_value.shape[1] // self.block_stride - height
-            pad_w = key_value.shape[2] // self.block_stride - width
+            pad_h = blocks_h * (self.block_size // self.block_stride) - height
+            pad_w = blocks_w * (self.block_size // self.block_stride) - width
             query = F.pad(query, (0, 0, 0, 0, 0, pad_w, 0, pad_h))
 
         key, value = key_value.split([self.dim_head_qk, self.dim_head_v], dim=-1)

@@ -27,7 +27,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Stage, Stages, TransformerBlock
+from zoo.backbones._backbone import Backbone, Stage, Stages, TransformerBlock, any_padding
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import neighborhood_attention_2d
 
@@ -96,9 +96,9 @@ class NeighborhoodAttention(AdaptedLoading, nn.Module):
             [batch, height, width, dim].
         """
         height, width = x.shape[1], x.shape[2]
-        pad_h = max(0, self.kernel_size[0] * self.dilation[0] - height)
-        pad_w = max(0, self.kernel_size[1] * self.dilation[1] - width)
-        if pad_h > 0 or pad_w > 0:
+        pad_h = max(height, self.kernel_size[0] * self.dilation[0]) - height
+        pad_w = max(width, self.kernel_size[1] * self.dilation[1]) - width
+        if any_padding(pad_h, pad_w):
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
 
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
@@ -113,7 +113,7 @@ class NeighborhoodAttention(AdaptedLoading, nn.Module):
             )
         x = x.flatten(3)
 
-        if pad_h > 0 or pad_w > 0:
+        if any_padding(pad_h, pad_w):
             x = x[:, :height, :width]
         return self.proj_drop(self.proj(x))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 
 def check_maps(query, key, value, extra_key=None, extra_value=None) -> None:
@@ -64,13 +64,14 @@ def check_bias(name: str, bias, query: Tensor, shape: tuple[int, ...], layout: s
 
 
 def pair(name: str, value, kind: type) -> tuple:
-    """One value for both axes, or two, as a tuple."""
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    """One value for both axes, or two, as a tuple. What a compiler knows as a symbol is an integer too."""
+    kinds = (int, SymInt) if kind is int else kind
+    if isinstance(value, kinds) and (kind is bool or not isinstance(value, bool)):
         return value, value
     if (
         isinstance(value, (tuple, list))
         and len(value) == 2
-        and all(isinstance(x, kind) and (kind is bool or not isinstance(x, bool)) for x in value)
+        and all(isinstance(x, kinds) and (kind is bool or not isinstance(x, bool)) for x in value)
     ):
         return tuple(value)
     raise TypeError(f"{name} must be one {kind.__name__} or a (height, width) pair of them, got {value!r}")

@@ -19,6 +19,7 @@ train and evaluate (Lightning's command line: `zoo fit --help` lists its options
   test       measure on the test data         zoo test --config digits/dinat --ckpt_path x.ckpt
   predict    write each image's class         zoo predict photos --checkpoint x.ckpt
   sample     draw images from a trained flow  zoo sample runs/digits-flow/version_0
+  export     write a model for other programs  zoo export x.ckpt --format onnx --output x.onnx
   eval-diffusion  compare image folders       zoo eval-diffusion made/ real/ --model inception_v3
 
 look around
@@ -137,6 +138,21 @@ def run(command: str, args: list[str]) -> None:
         from zoo.eval_diffusion import run_eval_diffusion
 
         run_eval_diffusion(**vars(options))
+    elif command == "export":
+        parser = ArgumentParser(
+            "zoo export", description="Write a model as a file for other programs, checked against the model."
+        )
+        parser.add_argument("source", metavar="MODEL|CHECKPOINT", help="a model's name or a checkpoint of `zoo fit`")
+        parser.add_argument("--format", required=True, choices=("onnx", "torch-export", "torchscript"))
+        parser.add_argument("--output", required=True, metavar="FILE")
+        parser.add_argument("--image-size", type=int, metavar="N", help="side of the images (default: the model's)")
+        parser.add_argument("--dynamic-size", action="store_true", help="images may have other heights and widths too")
+        parser.add_argument("--pretrained", action="store_true", help="the published weights of a named model")
+        parser.add_argument("--weights", metavar="FILE", help="a file of weights for a named model")
+        options = parser.parse_args(args)
+        from zoo.export import run_export
+
+        run_export(**vars(options))
     elif command == "models":
         parser = ArgumentParser("zoo models", description="List our models, with their published ImageNet-1k top-1.")
         parser.add_argument("pattern", nargs="?", default="*", help="such as 'dinat_*', quoted, or any part of a name")

@@ -90,7 +90,8 @@ def pool_agents(query: Tensor, side: int) -> Tensor:
         if has_torch_function((query,)):
             return handle_torch_function(pool_agents, (query,), query, side)
         _check_pooling(query, side)
-        if torch.are_deterministic_algorithms_enabled():  # adaptive pooling has no deterministic gradient on a GPU
+        # Adaptive pooling has no deterministic gradient on a GPU, and few file formats have it.
+        if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_exporting():
             rows, cols = _bins(query.shape[1], side, query), _bins(query.shape[2], side, query)
             return torch.einsum("ph,bhwnd,qw->bpqnd", rows, query, cols).flatten(1, 2)
     heads, dim = query.shape[3], query.shape[4]

@@ -6,14 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels._symbols import is_symbol
+
 
 def covers_map(height: int, width: int, kernel_size, dilation, stride, is_causal, radius) -> bool:
-    """Whether every query sees its whole residue class, and all classes are of one size.
+    """Whether every query sees its whole residue class, and all classes are of one size. Not known of symbols.
 
     With `radius` > 0: whether the circle about one corner holds the opposite one.
     """
     if radius > 0:
         return (height - 1) ** 2 + (width - 1) ** 2 < radius**2
+    if is_symbol(height) or is_symbol(width):
+        return False
     return (
         height == kernel_size[0] * dilation[0]
         and width == kernel_size[1] * dilation[1]
@@ -63,6 +67,14 @@ def neighborhood_attention_2d(
 def dense_bias(rel_pos_bias: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """Bias table [heads, 2 * rows - 1, 2 * cols - 1] -> [heads, rows * cols, rows * cols], query by key, of `dtype`."""
     table = rel_pos_bias.to(torch.promote_types(dtype, torch.float32))  # in which its gradient is summed
+    if is_symbol(rows) or is_symbol(cols):
+        offsets = []
+        for size in (rows, cols):
+            place = torch.arange(size, device=table.device)
+            offsets.append((place - place[:, None] + size - 1).flatten())
+        bias = table.index_select(1, offsets[0]).index_select(2, offsets[1])
+        bias = bias.reshape(-1, rows, rows, cols, cols).transpose(2, 3)
+        return bias.reshape(-1, rows * cols, rows * cols).to(dtype)
     # A query's biases are a window of the table; the first query has the last window.
     bias = table.unfold(1, rows, 1).unfold(2, cols, 1).flip((1, 2))
     return bias.reshape(-1, rows * cols, rows * cols).to(dtype)

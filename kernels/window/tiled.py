@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels._symbols import is_symbol
 from zoo.kernels.neighborhood.dense import dense_bias
 
 
@@ -27,7 +28,7 @@ def window_attention_2d(
     windows = (height // rows) * (width // cols)
     if query.shape[1] != height or query.shape[2] != width:  # every window has the same query
         query = query.repeat(1, height // rows, width // cols, 1, 1)
-    shifted = shift[0] > 0 or shift[1] > 0
+    shifted = is_symbol(shift[0]) or is_symbol(shift[1]) or shift[0] > 0 or shift[1] > 0
     bias = None if rel_pos_bias is None else dense_bias(rel_pos_bias, rows, cols, query.dtype)
 
     # The fused kernels take [outer, inner, tokens, dim], with a mask that they broadcast along `outer`.

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from golden_cases import list_cases, load_case, max_error
 from operators import assert_all_close, assert_error_at_most_twice, assert_matches, outputs_and_grads, random_inputs
 from zoo.kernels import neighborhood_attention_2d
-from zoo.kernels.neighborhood import reference, tiled
+from zoo.kernels.neighborhood import reference, symbolic, tiled
 
 BACKENDS = ["reference", "tiled"]
 HEAD_DIMS = [2, 3, 4, 8, 12, 16, 20, 32, 40, 64, 96, 128, 256]
@@ -541,3 +541,17 @@ def test_refusals(name, monkeypatch):
     arguments = dict(query=X, key=X, value=X, kernel_size=3) | wrong
     with pytest.raises(error, match=message):
         neighborhood_attention_2d(**arguments)
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), [((7, 7), (1, 1)), ((3, 4), (2, 1)), ((2, 5), (3, 4))])
+@pytest.mark.parametrize("size", [(7, 20), (21, 23)])
+def test_symbolic(size, kernel_size, dilation):
+    """What exporters write out, on sizes that are numbers."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, *size, 2, 8, generator=generator, dtype=torch.float64)
+    bias = torch.randn(2, *(2 * k - 1 for k in kernel_size), generator=generator, dtype=torch.float64)
+    actual = symbolic.neighborhood_attention_2d(query, key, value, bias, kernel_size, dilation, 0.3)
+    expected = neighborhood_attention_2d(
+        query, key, value, kernel_size, dilation, rel_pos_bias=bias, scale=0.3, return_lse=True, backend="reference"
+    )
+    torch.testing.assert_close(actual, expected)

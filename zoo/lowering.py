@@ -1,0 +1,47 @@
+"""Our operators written out in torch's own, for files that run where this package is not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.halo import reference as halo
+from zoo.kernels.neighborhood import symbolic as neighborhood
+from zoo.kernels.routing import reference as routing
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """Within, the registered operators are not one node of a traced graph each, but the operators of torch they mean.
+
+    They then take sizes that are symbols. What only gradients and merging need is left out.
+    """
+    functions = {
+        "neighborhood_attention_2d": _neighborhood_attention_2d,
+        "halo_attention_2d": _halo_attention_2d,
+        "routing_attention_2d": _routing_attention_2d,
+    }
+    with patch.multiple(torch.ops.zoo, **functions):
+        yield
+
+
+def _neighborhood_attention_2d(
+    query, key, value, rel_pos_bias, extra_key, extra_value, kernel_size, dilation, stride, is_causal, scale,
+    radius=0, backend="auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if extra_key is not None or tuple(stride) != (1, 1) or any(is_causal) or radius > 0:
+        raise NotImplementedError("neighborhood attention with extra tokens, strided, causal or circular")
+    return neighborhood.neighborhood_attention_2d(query, key, value, rel_pos_bias, kernel_size, dilation, scale)
+
+
+def _halo_attention_2d(*arguments) -> tuple[Tensor, None]:
+    *arguments, _ = arguments  # the backend
+    return halo.halo_attention_2d(*arguments), None
+
+
+def _routing_attention_2d(
+    query, key, value, region_size, topk, scale, soft=False, backend="auto"
+) -> tuple[Tensor, None, None]:
+    return routing.routing_attention_2d(query, key, value, region_size, topk, scale, soft), None, None
