@@ -235,7 +235,7 @@ class GlobalContextBlocks(nn.ModuleList):
 def as_autocast(x: Tensor) -> Tensor:
     """`x` in the dtype of autocast, if that is on: what convolves it takes it so, and what is added to it is so."""
     if not torch.jit.is_scripting():
-        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):  # none on meta
             return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
