@@ -454,3 +454,8 @@ def test_windows_are_stacked_and_unstacked(size):
         assert stacked.shape == (2, x[0, :, :, 0].numel() // 2, 2, 3)
         assert stacked[:, -3:].equal(x[:, -3:, -2:])
     assert unstack_windows(stacked, *size, (3, 2)).equal(x)
+
+
+def test_meta_device():
+    model = timm.create_model("test_gc_vit", device="meta").eval()
+    assert model(torch.zeros(2, 3, 96, 96, device="meta")).shape == (2, 1000)
