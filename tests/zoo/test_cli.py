@@ -148,7 +148,9 @@ class TestRecipes:
         monkeypatch.setattr(RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
         monkeypatch.setattr(zoo.task, "create_model", on_meta)
         if recipe.startswith("clear/"):
-            monkeypatch.setattr(RecipeCLI, "instantiate_classes", lambda self: setattr(self, "config_init", self.config))
+            monkeypatch.setattr(
+                RecipeCLI, "instantiate_classes", lambda self: setattr(self, "config_init", self.config)
+            )
         for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
             (tmp_path / "data" / "imagenet" / folder).mkdir(parents=True)
         (tmp_path / "photos").symlink_to("data/imagenet")
