@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+import zoo.lightning_cli
 from zoo.cli import HELP, run
 from zoo.lightning_cli import RecipeCLI
 from zoo.recipes import list_recipes, resolve_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-LIGHTNING = ("fit", "validate", "test", "predict")
 
 
 class Parsed(Exception):
@@ -67,17 +67,19 @@ def lightning_parser():
 
 
 def parse(words, lightning_parser, monkeypatch):
-    """Parse a command of `zoo`; other mistakes than in its options are raised as they are to users."""
-    if words and words[0] in LIGHTNING:
-        lightning_parser.parse_args(resolve_recipes(words))
-        return
+    """Parse a command of `zoo` as `zoo` does; other mistakes than in its options are raised as they are to users."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_only(self, *args, **kwargs):
         parse_args(self, *args, **kwargs)
         raise Parsed
 
+    def parse_recipe(args):
+        lightning_parser.parse_args(resolve_recipes(args))
+        raise Parsed
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(zoo.lightning_cli, "RecipeCLI", parse_recipe)
     try:
         run(words[0] if words else "--help", words[1:])
     except Parsed:
