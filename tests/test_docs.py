@@ -1,4 +1,4 @@
-"""What the pages say can be typed: commands and recipes parse, Python compiles and imports what exists."""
+"""What the pages say can be typed: commands parse, Python compiles and imports what exists, links lead somewhere."""
 
 import argparse
 import ast
@@ -140,3 +140,19 @@ def test_recipes(page, lightning_parser, tmp_path):
         (tmp_path / "own.yaml").write_text(block)
         under = [] if "base" in yaml.safe_load(block) else ["--config", "digits/dinat"]  # a part of a recipe
         lightning_parser.parse_args(resolve_recipes(["fit", *under, "--config", str(tmp_path / "own.yaml")]))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    """Files and headings that links within the repository lead to."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in headings]
+            assert heading in slugs, f"{page}: {target}"
