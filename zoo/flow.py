@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from lightning.pytorch import LightningModule
+from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torchvision.utils import make_grid
 
 from zoo.diffusion import FlowPipeline, NeighborhoodDenoiser
 from zoo.errors import UserError
-from zoo.task import cosine_adamw
+from zoo.task import cosine_schedule
 
 
 class RectifiedFlow(LightningModule):
@@ -146,4 +147,5 @@ class RectifiedFlow(LightningModule):
             self.pipeline().save_pretrained(Path(self.trainer.log_dir) / "pipeline")
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return cosine_adamw(self.trainer, self.denoiser, self.lr, self.weight_decay, self.warmup_epochs)
+        optimizer = create_optimizer_v2(self.denoiser, opt="adamw", lr=self.lr, weight_decay=self.weight_decay)
+        return cosine_schedule(self.trainer, optimizer, self.warmup_epochs)

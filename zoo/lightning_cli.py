@@ -39,6 +39,7 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--base", type=str | None, help="in a recipe: the recipe that it builds on")
         parser.set_defaults({"model": {"class_path": "zoo.task.Classification"}})
         parser.add_lightning_class_args(SaveProgress, "save_progress")
         parser.add_lightning_class_args(SkipNonFinite, "non_finite")
@@ -53,6 +54,7 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         args = sys.argv[1:] if args is None else args
         self.config = parser.parse_args(resolve_recipes(args))
+        self.config[self.config.subcommand].base = None  # the run's config.yaml holds all that it built on
         self.checkpoint = None
         path = self.config[self.config.subcommand].get("ckpt_path")
         # "best", "last" and "hpc" are Lightning's keywords; addresses such as s3:// are Lightning's to open.

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from timm.data import Mixup, resolve_model_data_config
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
@@ -22,7 +23,7 @@ from zoo.evaluation import Evaluation, accuracies
 
 
 class Classification(LightningModule):
-    """Train a timm model with AdamW, linear warm-up and a cosine schedule.
+    """Train a timm model with linear warm-up and a cosine schedule.
 
     Args:
         model_name: Any name that ``timm.create_model`` takes.
@@ -31,6 +32,8 @@ class Classification(LightningModule):
         pretrained: Start from the published weights.
         checkpoint: Start from this weights file, in the authors' or in timm's format, instead of downloading.
         lr: Peak learning rate, for the whole batch: it is not scaled by batch size or number of devices.
+        min_lr: Learning rate at the end of the cosine.
+        optimizer: timm's name of an optimizer, such as ``adamw``, ``sgd`` (with Nesterov's momentum) or ``lamb``.
         weight_decay: Applied to matrices and kernels; biases, norms and what the model exempts are left alone.
         warmup_epochs: Epochs (or part of one) over which the learning rate rises from zero.
         label_smoothing: Used in training only.
@@ -49,6 +52,8 @@ class Classification(LightningModule):
         pretrained: bool = False,
         checkpoint: str | None = None,
         lr: float = 1e-3,
+        min_lr: float = 0.0,
+        optimizer: str = "adamw",
         weight_decay: float = 0.05,
         warmup_epochs: float = 0.0,
         label_smoothing: float = 0.1,
@@ -70,9 +75,17 @@ class Classification(LightningModule):
         if compile:
             self.model.compile()  # in place, so that the names of the weights stay
         self.lr = lr
+        self.min_lr = min_lr
+        self.optimizer = optimizer
         self.weight_decay = weight_decay
         self.warmup_epochs = warmup_epochs
         self.label_smoothing = label_smoothing
+        if not 0 <= min_lr <= lr:
+            raise UserError(f"min_lr: expected 0 to lr, which is {lr:g}, got {min_lr:g}")
+        if optimizer not in list_optimizers():
+            raise UserError(
+                f"optimizer: timm knows no {optimizer!r}; timm.optim.list_optimizers() lists those it knows"
+            )
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
@@ -135,32 +148,34 @@ class Classification(LightningModule):
         return {"name": names, "label": label, "probability": probability, "probabilities": probabilities}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return cosine_adamw(self.trainer, self.model, self.lr, self.weight_decay, self.warmup_epochs)
+        optimizer = create_optimizer_v2(self.model, opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
+        return cosine_schedule(self.trainer, optimizer, self.warmup_epochs, self.min_lr)
 
 
-def cosine_adamw(
-    trainer: Trainer, model: torch.nn.Module, lr: float, weight_decay: float, warmup_epochs: float
+def cosine_schedule(
+    trainer: Trainer, optimizer: Optimizer, warmup_epochs: float, min_lr: float = 0.0
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns for AdamW with linear warm-up and a cosine schedule."""
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=weight_decay)
+    """What ``configure_optimizers`` returns for linear warm-up to the optimizer's rate and a cosine to ``min_lr``."""
     total = trainer.estimated_stepping_batches
     if math.isinf(total):
         raise UserError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
     trainer.fit_loop.setup_data()  # counts the batches, which nothing has where max_steps alone ends the training
     warmup = round(warmup_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+    lr = optimizer.defaults["lr"]
+    end = min_lr / lr if lr else 0.0
 
     def factor(step: int) -> float:
-        return warmup_cosine(step, warmup, int(total))
+        return warmup_cosine(step, warmup, int(total), end)
 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
-def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Factor of the peak learning rate at ``step``: a line up over ``warmup`` steps, then a cosine to zero."""
+def warmup_cosine(step: int, warmup: int, total: int, end: float = 0.0) -> float:
+    """Factor of the peak learning rate at ``step``: a line up over ``warmup`` steps, then a cosine to ``end``."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def create_model(

@@ -149,6 +149,31 @@ class TestSchedule:
         assert factors[20] == pytest.approx(0)
         assert factors[4:] == sorted(factors[4:], reverse=True)
 
+    def test_end(self):
+        factors = [warmup_cosine(step, warmup=4, total=20, end=0.2) for step in range(21)]
+        assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        assert factors[12] == pytest.approx(0.6)
+        assert factors[20] == pytest.approx(0.2)
+
+    def test_optimizer_and_lowest_rate(self, tmp_path):
+        task = Classification(**SMALL, lr=1e-2, min_lr=1e-3, optimizer="sgd")
+        runner = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+        runner.fit(task, loader())
+        assert isinstance(runner.optimizers[0], torch.optim.SGD)
+        assert runner.optimizers[0].defaults["nesterov"]
+        assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(lr=1e-4, min_lr=1e-3), "min_lr: expected 0 to lr"),
+            (dict(optimizer="adamww"), "timm knows no 'adamww'"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(UserError, match=message):
+            Classification(**SMALL, **options)
+
     def test_no_warmup(self):
         assert warmup_cosine(0, warmup=0, total=10) == 1
 
