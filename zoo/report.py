@@ -396,7 +396,9 @@ def _jpeg(image: Tensor, pl_module: LightningModule) -> bytes:
 
 
 def _name(metric: str) -> str:
-    words = metric.replace("_", " ").replace("top1", "top-1 accuracy").replace("top5", "top-5 accuracy")
+    words = metric.replace("_", " ")
+    for short, long in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy"), ("ece", "calibration error")):
+        words = words.replace(short, long)
     if words.startswith("val "):
         words = f"validation {words[4:]}"
     elif words.startswith("train "):
