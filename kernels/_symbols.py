@@ -1,4 +1,4 @@
-"""Sizes that an exporter knows as symbols."""
+"""Sizes that an exporter may know as symbols."""
 
 import torch
 
@@ -8,3 +8,8 @@ def is_symbol(size: int) -> bool:
     if not torch.jit.is_scripting():
         return isinstance(size, torch.SymInt)
     return False
+
+
+def ceil_div(length: int, size: int) -> int:
+    """Number of pieces of `size` that cover `length`, without negative numbers on the way: ONNX rounds them to 0."""
+    return (length + size - 1) // size
