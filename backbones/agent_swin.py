@@ -27,7 +27,7 @@ from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages, T
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.backbones.gc_vit import WindowAttention
 from zoo.kernels import window_attention_2d
-from zoo.kernels._symbols import ceil_div, is_symbol
+from zoo.kernels._symbols import ceil_div, crop, is_symbol
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
 __all__ = ["AgentMapAttention", "AgentSwin", "ShiftedWindowAttention"]
@@ -122,7 +122,7 @@ class ShiftedWindowAttention(WindowAttention):
             x = scripted_window_attention_2d(query, key, value, window, shift, bias, self.scale)
         else:
             x = window_attention_2d(query, key, value, window, shift, rel_pos_bias=bias, scale=self.scale)
-        return self.proj_drop(self.proj(x[:, :height, :width].flatten(3)))
+        return self.proj_drop(self.proj(crop(x, height, width).flatten(3)))
 
 
 class AgentSwin(AdaptedLoading, Backbone):

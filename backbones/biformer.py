@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import Backbone, CheckpointedBlock, any_padding
 from zoo.backbones._checkpoint import build_model
 from zoo.kernels import routing_attention_2d
-from zoo.kernels._symbols import ceil_div
+from zoo.kernels._symbols import ceil_div, crop
 
 __all__ = ["BiFormer", "BiFormerBlock", "BiFormerStl", "RoutingAttention", "RoutingAttention2d"]
 
@@ -89,7 +89,7 @@ class RoutingAttention(nn.Module):
         x = x + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
         if any_padding(pad_h, pad_w):
-            x = x[:, :height, :width]
+            x = crop(x, height, width)
         return self.wo(x)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import Backbone, Stages, TransformerBlock, any_padding
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
-from zoo.kernels._symbols import ceil_div, is_symbol
+from zoo.kernels._symbols import ceil_div, crop, is_symbol
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
 __all__ = ["GcVit", "GlobalContextBlock", "GlobalQuery", "WindowAttention"]
@@ -128,7 +128,7 @@ class WindowAttention(AdaptedLoading, nn.Module):
         x = x.flatten(3)
 
         if any_padding(pad_h, pad_w):
-            x = x[:, :height, :width]
+            x = crop(x, height, width)
         return self.proj_drop(self.proj(x))
 
     def _bias(self) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import Backbone, Blocks, CheckpointedBlock, any_padding
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import halo_attention_2d
-from zoo.kernels._symbols import ceil_div
+from zoo.kernels._symbols import ceil_div, crop
 
 __all__ = ["HaloAttention", "HaloBlock", "HaloNet"]
 
@@ -123,7 +123,7 @@ class HaloAttention(HaloAttn):
                 stride=self.block_stride,
                 scale=self.scale,
             )
-        return self.pool(x[:, :height, :width].flatten(3).permute(0, 3, 1, 2))
+        return self.pool(crop(x, height, width).flatten(3).permute(0, 3, 1, 2))
 
 
 class HaloBlock(CheckpointedBlock):
