@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
 from zoo.backbones._backbone import Backbone, CheckpointedBlock
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
+from zoo.kernels._symbols import ceil_div, crop
 
 __all__ = ["AgentBranch", "AgentCswin", "StripeBranch"]
 
@@ -87,7 +88,7 @@ class StripeBranch(nn.Module):
         batch, height, width = query.shape[0], query.shape[1], query.shape[2]
         rows = min(self.rows, height) if self.rows > 0 else height
         cols = min(self.cols, width) if self.cols > 0 else width
-        down, across = -(-height // rows), -(-width // cols)
+        down, across = ceil_div(height, rows), ceil_div(width, cols)
 
         stripes: list[Tensor] = []
         for x in (query, key, value):
@@ -99,7 +100,7 @@ class StripeBranch(nn.Module):
         x = x.unflatten(1, (rows, cols)) + self.get_v(stripes[2])
 
         x = x.unflatten(0, (batch, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return x[:, :height, :width]
+        return crop(x, height, width)
 
 
 class CSwinBlock(CheckpointedBlock):

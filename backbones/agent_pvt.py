@@ -35,6 +35,7 @@ from zoo.backbones._agent import (
 )
 from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
+from zoo.kernels._symbols import ceil_div
 
 __all__ = ["AgentPvt", "AgentReducedAttention"]
 
@@ -81,7 +82,8 @@ class AgentReducedAttention(AgentAttention):
         height, width = x.shape[1], x.shape[2]
         source = x
         if self.sr is not None and self.norm is not None:
-            source = F.pad(x, (0, 0, 0, -width % self.sr_ratio, 0, -height % self.sr_ratio))
+            rows, cols = ceil_div(height, self.sr_ratio), ceil_div(width, self.sr_ratio)
+            source = F.pad(x, (0, 0, 0, cols * self.sr_ratio - width, 0, rows * self.sr_ratio - height))
             source = self.norm(self.sr(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         key, value = self.kv(source).chunk(2, -1)
         x = self.attend_map(self.q(x), key, value)

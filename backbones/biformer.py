@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import Backbone, CheckpointedBlock, any_padding
 from zoo.backbones._checkpoint import build_model
 from zoo.kernels import routing_attention_2d
+from zoo.kernels._symbols import ceil_div, crop
 
 __all__ = ["BiFormer", "BiFormerBlock", "BiFormerStl", "RoutingAttention", "RoutingAttention2d"]
 
@@ -77,7 +78,7 @@ class RoutingAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, height, width, dim] -> [batch, height, width, dim]"""
         height, width = x.shape[1], x.shape[2]
-        region_size = (-(-height // self.n_win), -(-width // self.n_win))
+        region_size = (ceil_div(height, self.n_win), ceil_div(width, self.n_win))
         pad_h, pad_w = region_size[0] * self.n_win - height, region_size[1] * self.n_win - width
         if any_padding(pad_h, pad_w):
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
@@ -88,7 +89,7 @@ class RoutingAttention(nn.Module):
         x = x + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
         if any_padding(pad_h, pad_w):
-            x = x[:, :height, :width]
+            x = crop(x, height, width)
         return self.wo(x)
 
 

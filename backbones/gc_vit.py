@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import Backbone, Stages, TransformerBlock, any_padding
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
-from zoo.kernels._symbols import is_symbol
+from zoo.kernels._symbols import ceil_div, crop, is_symbol
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
 __all__ = ["GcVit", "GlobalContextBlock", "GlobalQuery", "WindowAttention"]
@@ -108,8 +108,8 @@ class WindowAttention(AdaptedLoading, nn.Module):
             ValueError: `q_global` is missing.
         """
         height, width = x.shape[1], x.shape[2]
-        pad_h = -(-height // self.window_size[0]) * self.window_size[0] - height
-        pad_w = -(-width // self.window_size[1]) * self.window_size[1] - width
+        pad_h = ceil_div(height, self.window_size[0]) * self.window_size[0] - height
+        pad_w = ceil_div(width, self.window_size[1]) * self.window_size[1] - width
         if any_padding(pad_h, pad_w):
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
 
@@ -128,7 +128,7 @@ class WindowAttention(AdaptedLoading, nn.Module):
         x = x.flatten(3)
 
         if any_padding(pad_h, pad_w):
-            x = x[:, :height, :width]
+            x = crop(x, height, width)
         return self.proj_drop(self.proj(x))
 
     def _bias(self) -> Tensor:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import Backbone, Blocks, CheckpointedBlock, any_padding
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import halo_attention_2d
+from zoo.kernels._symbols import ceil_div, crop
 
 __all__ = ["HaloAttention", "HaloBlock", "HaloNet"]
 
@@ -93,7 +94,7 @@ class HaloAttention(HaloAttn):
         dim_head = self.dim_head_qk + self.dim_head_v
         key_value = self.kv(x).unflatten(1, (self.num_heads, dim_head)).permute(0, 3, 4, 1, 2)
         height, width = query.shape[1], query.shape[2]
-        blocks_h, blocks_w = -(-x.shape[2] // self.block_size), -(-x.shape[3] // self.block_size)
+        blocks_h, blocks_w = ceil_div(x.shape[2], self.block_size), ceil_div(x.shape[3], self.block_size)
         pad_h, pad_w = blocks_h * self.block_size - x.shape[2], blocks_w * self.block_size - x.shape[3]
         if any_padding(pad_h, pad_w):
             key_value = F.pad(key_value, (0, 0, 0, 0, 0, pad_w, 0, pad_h))
@@ -122,7 +123,7 @@ class HaloAttention(HaloAttn):
                 stride=self.block_stride,
                 scale=self.scale,
             )
-        return self.pool(x[:, :height, :width].flatten(3).permute(0, 3, 1, 2))
+        return self.pool(crop(x, height, width).flatten(3).permute(0, 3, 1, 2))
 
 
 class HaloBlock(CheckpointedBlock):

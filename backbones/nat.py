@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import Backbone, Stage, Stages, TransformerBlock, any_padding
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import neighborhood_attention_2d
+from zoo.kernels._symbols import crop
 
 __all__ = ["Nat", "NeighborhoodAttention", "NeighborhoodBlock"]
 
@@ -114,7 +115,7 @@ class NeighborhoodAttention(AdaptedLoading, nn.Module):
         x = x.flatten(3)
 
         if any_padding(pad_h, pad_w):
-            x = x[:, :height, :width]
+            x = crop(x, height, width)
         return self.proj_drop(self.proj(x))
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.kernels._symbols import crop
 from zoo.kernels.neighborhood.tiled import TILE
 
 
@@ -74,7 +75,7 @@ def neighborhood_attention_2d(
         x = x.reshape(batch, heads, dilation[0], down, dilation[1], across, TILE, TILE, x.shape[-1])
         x = x.permute(0, 3, 6, 2, 5, 7, 4, 1, 8)  # a token is dilation * its number in the class + residue
         x = x.reshape(batch, down * TILE * dilation[0], across * TILE * dilation[1], heads, x.shape[-1])
-        return x[:, :height, :width]
+        return crop(x, height, width)
 
     q = tiled(query, rows.queries, cols.queries, (TILE, TILE)) * scale
     k, v = (tiled(x, rows.keys, cols.keys, spans) for x in (key, value))
