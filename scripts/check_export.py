@@ -7,8 +7,8 @@ at 64 x 64 pixels, for that size and, separately, for any. Results are kept in s
 the table is made anew; the named families, by default all, are measured again.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -64,8 +64,10 @@ def table(results: dict[str, dict[str, float | str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(families: list[str]) -> None:
-    for family in families or FAMILIES:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", choices=[[], *FAMILIES], help=", ".join(FAMILIES))
+    for family in parser.parse_args().families or FAMILIES:
         for format in FORMATS:
             for size, any_size in SIZES.items():
                 difference = measure(family, format, any_size)
@@ -80,4 +82,4 @@ def main(families: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -69,7 +69,7 @@ def forward_kernel(
         k = load(token_pointers(key, k_strides, batch, head, y, x, d), on_map, d, dim, EVEN_D)
         v = load(token_pointers(value, v_strides, batch, head, y, x, v_d), on_map, v_d, v_dim, EVEN_V)
         logits = pair_logits(q, k, n, rel_y, rel_x, scale, WIN, W, HAS_REL, PRECISION)
-        acc, top, total = accumulate(logits, v, acc, top, total, PRECISION)
+        acc, top, total = accumulate(logits, v, acc, top, total, False, PRECISION)
 
     o_pointers = token_pointers(out, o_strides, batch, head, qy, qx, v_d)
     store(o_pointers, acc / total[:, None], q_inside, v_d, v_dim, EVEN_V)
