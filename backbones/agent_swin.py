@@ -27,7 +27,7 @@ from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages, T
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.backbones.gc_vit import WindowAttention
 from zoo.kernels import window_attention_2d
-from zoo.kernels._symbols import ceil_div, crop, is_symbol
+from zoo.kernels._symbols import crop, is_symbol
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
 __all__ = ["AgentMapAttention", "AgentSwin", "ShiftedWindowAttention"]
@@ -111,8 +111,9 @@ class ShiftedWindowAttention(WindowAttention):
         window = (min(self.window_size[0], height), min(self.window_size[1], width))
         # 0 where the map is not longer than the window; said without a comparison, for exporters
         shift = (min(self.shift, self.shift * (height - window[0])), min(self.shift, self.shift * (width - window[1])))
-        padded = (ceil_div(height, window[0]) * window[0], ceil_div(width, window[1]) * window[1])
-        x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
+        # Whole windows, of which an exporter sees that there is one at least
+        down, across = (height - 1) // window[0] + 1, (width - 1) // window[1] + 1
+        x = F.pad(x, (0, 0, 0, across * window[1] - width, 0, down * window[0] - height))
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
 
         cut_h, cut_w = self.window_size[0] - window[0], self.window_size[1] - window[1]

@@ -14,7 +14,6 @@ from zoo.kernels._checks import (
     positive_pair,
     resolve_scale,
 )
-from zoo.kernels._symbols import is_symbol
 from zoo.kernels.window import reference, tiled
 
 BACKENDS = ("auto", "reference", "tiled")
@@ -86,13 +85,6 @@ def window_attention_2d(
     return torch.cat([module.window_attention_2d(*chunk, *options) for chunk in chunks])
 
 
-def _is_shared(query: Tensor, key: Tensor) -> bool:
-    """Whether the query is of one window: also where the map is of any size, and so perhaps of that of the window."""
-    if is_symbol(key.shape[1]) or is_symbol(key.shape[2]):
-        return not is_symbol(query.shape[1]) and not is_symbol(query.shape[2])
-    return query.shape != key.shape
-
-
 def _images_at_once(key: Tensor, window_size: tuple[int, int]) -> int:
     """On CUDA, what keeps `batch * windows` and `batch * heads` below 2**16.
 
@@ -117,7 +109,7 @@ def _check_geometry(query: Tensor, key: Tensor, value: Tensor, window_size, shif
                 f"the map must be a multiple of window_size: along the {axis} {length} is none of {window}; "
                 f"pad it to {-(-length // window) * window}"
             )
-    if _is_shared(query, key):
+    if tiled.is_shared(query, key) or query.shape != key.shape:
         window_shape = (key.shape[0], *window_size, *key.shape[3:])
         if tuple(query.shape) != window_shape:
             raise ValueError(

@@ -26,7 +26,7 @@ def window_attention_2d(
     batch, height, width, heads = key.shape[0], key.shape[1], key.shape[2], key.shape[3]
     rows, cols = window_size
     windows = (height // rows) * (width // cols)
-    if query.shape[1] != height or query.shape[2] != width:  # every window has the same query
+    if is_shared(query, key):
         query = query.repeat(1, height // rows, width // cols, 1, 1)
     shifted = is_symbol(shift[0]) or is_symbol(shift[1]) or shift[0] > 0 or shift[1] > 0
     bias = None if rel_pos_bias is None else dense_bias(rel_pos_bias, rows, cols, query.dtype)
@@ -34,7 +34,7 @@ def window_attention_2d(
     # The fused kernels take [outer, inner, tokens, dim], with a mask that they broadcast along `outer`.
     if shifted:  # every window has a mask of its own
         outer, inner = batch, windows * heads
-        query, key, value = [x.roll((-shift[0], -shift[1]), (1, 2)) for x in (query, key, value)]
+        query, key, value = [_roll(x, height - shift[0], width - shift[1]) for x in (query, key, value)]
         bias = _shift_mask(bias, key, window_size, shift)
     else:
         outer, inner = batch * windows, heads
@@ -45,7 +45,24 @@ def window_attention_2d(
 
     out = out.reshape(batch, height // rows, width // cols, heads, rows, cols, value.shape[-1])
     out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, heads, value.shape[-1])
-    return out.roll((shift[0], shift[1]), (1, 2)) if shifted else out
+    return _roll(out, shift[0], shift[1]) if shifted else out
+
+
+def is_shared(query: Tensor, key: Tensor) -> bool:
+    """Whether all windows have the same query: of maps of any size, which may be that of a window, one of no symbol."""
+    if is_symbol(key.shape[1]) or is_symbol(key.shape[2]):
+        return not is_symbol(query.shape[1]) and not is_symbol(query.shape[2])
+    return query.shape[1] != key.shape[1] or query.shape[2] != key.shape[2]
+
+
+def _roll(x: Tensor, down: int, right: int) -> Tensor:
+    """`torch.roll` of a map, by 0 or more. ONNX has none by symbols."""
+    if is_symbol(down) or is_symbol(right):
+        for axis, size, shift in ((1, x.shape[1], down), (2, x.shape[2], right)):
+            last = torch.arange(size - shift, size, device=x.device)
+            x = x.index_select(axis, torch.cat([last, torch.arange(size - shift, device=x.device)]))
+        return x
+    return x.roll((down, right), (1, 2))
 
 
 def _partition(x: Tensor, window_size: tuple[int, int], outer: int, inner: int) -> Tensor:
