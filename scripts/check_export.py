@@ -66,7 +66,7 @@ def table(results: dict[str, dict[str, float | str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", choices=[[], *FAMILIES], help=", ".join(FAMILIES))
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
     for family in parser.parse_args().families or FAMILIES:
         for format in FORMATS:
             for size, any_size in SIZES.items():
