@@ -34,13 +34,15 @@ class Config(NamedTuple):
 WIDE = Config(4, 8, 2, 16, 4, 1)  # for float32 and the largest head dimensions
 
 
-def default(kernel: str, dim: int, small: bool) -> Config:
-    """Tile sizes that fit every GPU; `small` where one tile holds a whole class."""
-    if small:
+def default(kernel: str, dim: int, span: int) -> Config:
+    """Tile sizes that fit every GPU."""
+    if span <= 8:
         return Config(8, 8, 8, 8, 4, 1)
-    if kernel == "bias":
-        return Config(4, 8, 2, 16, 2, 1)
-    return Config(4, 8, 2, 16, 2, 2) if dim <= 64 else Config(8, 8, 4, 16, 4, 2)
+    if dim > 64:
+        return Config(4, 8, 2, 16, 2, 1) if kernel == "bias" else Config(8, 8, 4, 16, 4, 2)
+    if kernel == "bias":  # as often as possible, one block holds all keys of a tile
+        return Config(2, 8, 8, 16, 2, 1) if span <= 16 else Config(4, 4, 16, 16, 4, 1)
+    return Config(4, 8, 2, 16, 2, 2)
 
 
 @lru_cache
@@ -72,6 +74,6 @@ def config(kernel: str, span: int, dim: int, dtype: torch.dtype, has_bias: bool,
         and (entry["bias"] == has_bias or (kernel == "bias" and not small))
     ]
     if not entries:
-        return default(kernel, dim, small)
+        return default(kernel, dim, span)
     nearest = min(entries, key=lambda e: (e["dim"], abs(e["span"] - span)))
     return Config(*nearest["config"])
