@@ -255,5 +255,7 @@ _FORMATS = {
 }
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # an exporter's own errors are of pages
+        error = error.__cause__
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
