@@ -212,7 +212,7 @@ def bench_call(shape: tuple[int, ...], dilation: int, settings: Settings) -> Ite
     grad_out[:1] = torch.randn(grad_out[:1].shape, generator=generator)
     auto = explain_backend(shape, KERNEL_SIZE, dilation, dtype=dtype, device=device).backend
 
-    def ours(backend: str, with_bias: bool) -> Callable[..., Tensor]:
+    def ours(backend: str) -> Callable[..., Tensor]:
         def call(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None = None) -> Tensor:
             return neighborhood_attention_2d(
                 query, key, value, KERNEL_SIZE, dilation, rel_pos_bias=table, backend=backend
@@ -234,7 +234,7 @@ def bench_call(shape: tuple[int, ...], dilation: int, settings: Settings) -> Ite
     ]
     for name, backend, inputs in ways:
         row: dict[str, Any] = {"call": call, "name": name}
-        forward = ours("auto" if backend == auto else backend, len(inputs) > 3)
+        forward = ours("auto" if backend == auto else backend)
         try:
             shares, wrong, differentiable = check_call(forward, inputs, grad_out, dilation)
             row["error / allowed"] = max(shares.values())

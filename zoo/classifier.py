@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 import zoo  # noqa: F401  (registers our models)
 from zoo.checkpoints import read_checkpoint
+from zoo.data import decode
 from zoo.errors import UserError
 from zoo.task import Classification, create_model
 
@@ -98,14 +99,13 @@ def load_classifier(name: str | None, checkpoint: str | Path | None = None, pret
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image as it is meant to be seen, upright and in colour.
+    """Read an image as the data modules do, with an error for users.
 
     Raises:
         UserError: It is missing, or no image that can be read.
     """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        return decode.read_image(path)
     except FileNotFoundError:
         raise UserError(f"there is no image {path}") from None
     except Exception as error:  # image decoders raise nearly anything on damaged bytes

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from zoo.doctor import environment
+from zoo.files import write_whole
 
 LARGEST_MATRIX = 30  # classes; of more, only the pairs that are confused most are shown
 THUMBNAIL = 128  # pixels
@@ -158,11 +159,8 @@ class Report(Callback):
         if trainer.fast_dev_run or self._folder is None or not trainer.is_global_zero or not self.history:
             return
         try:
-            path = Path(self._folder) / "report.html"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(self.page(trainer, pl_module, end), encoding="utf-8")
-            os.replace(part, path)
+            with write_whole(Path(self._folder) / "report.html") as file:
+                file.write(self.page(trainer, pl_module, end))
         except Exception as error:  # the training is worth more than what is said of it
             rank_zero_warn(f"no report was written: {type(error).__name__}: {error}")
 
