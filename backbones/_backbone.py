@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import (
     DropPath,
+    LayerType,
     Mlp,
     PatchEmbed,
     create_classifier,
@@ -13,22 +15,28 @@ from timm.layers import (
     global_pool_nlc,
     trunc_normal_,
 )
-from timm.models import checkpoint, named_apply
+from timm.layers import get_norm_layer as timm_norm_layer
+from timm.models import checkpoint, named_apply, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.backbones._checkpoint import CheckedLoading
 from zoo.kernels._symbols import is_symbol
+from zoo.kernels.layer_norm import layer_norm
 
 __all__ = [
     "Backbone",
     "Blocks",
     "CheckpointedBlock",
+    "LayerNorm",
     "PaddedPatchEmbed",
     "Stage",
     "Stages",
     "TransformerBlock",
     "any_padding",
+    "autocast_dtype",
+    "before_product",
+    "get_norm_layer",
 ]
 
 
@@ -39,6 +47,42 @@ PaddedPatchEmbed = partial(PatchEmbed, img_size=None, output_fmt="NHWC", strict_
 def any_padding(bottom: int, right: int) -> bool:
     """Whether a map is to be padded. By symbols it always is: they may be 0."""
     return is_symbol(bottom) or is_symbol(right) or bottom > 0 or right > 0
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts `x` to before a product, or None if it is not on."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # meta has no autocast
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+@register_notrace_module  # what runs depends on the device
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last axis by `zoo.kernels.layer_norm`."""
+
+    before_product = False  # whether all that reads the output would cast it to autocast's dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self.weight is not None and self.bias is not None:
+                dtype = autocast_dtype(x) if self.before_product else None
+                return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def before_product(norm: nn.Module) -> nn.Module:
+    """`norm`, whose output only products read: a `LayerNorm` writes it in autocast's dtype at once."""
+    if isinstance(norm, LayerNorm):
+        norm.before_product = True
+    return norm
+
+
+def get_norm_layer(norm_layer: LayerType) -> Callable[..., nn.Module]:
+    """timm's, with `LayerNorm` for torch's."""
+    layer = timm_norm_layer(norm_layer)
+    if isinstance(layer, partial) and layer.func is nn.LayerNorm:
+        return partial(LayerNorm, *layer.args, **layer.keywords)
+    return LayerNorm if layer is nn.LayerNorm else layer
 
 
 class CheckpointedBlock(nn.Module):
@@ -93,11 +137,11 @@ class TransformerBlock(CheckpointedBlock):
         super().__init__()
         self.init_values = init_values
 
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = before_product(norm_layer(dim, **dd))
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-        self.norm2 = norm_layer(dim, **dd)
+        self.norm2 = before_product(norm_layer(dim, **dd))
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -13,12 +13,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerType, Mlp, calculate_drop_path_rates, get_act_layer, get_norm_layer, to_2tuple
+from timm.layers import DropPath, LayerType, Mlp, calculate_drop_path_rates, get_act_layer, to_2tuple
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
-from zoo.backbones._backbone import Backbone, CheckpointedBlock
+from zoo.backbones._backbone import Backbone, CheckpointedBlock, before_product, get_norm_layer
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels._symbols import ceil_div, crop
 
@@ -132,14 +132,14 @@ class CSwinBlock(CheckpointedBlock):
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = before_product(norm_layer(dim, **dd))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.attns = nn.ModuleList(attns)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-        self.norm2 = norm_layer(dim, **dd)
+        self.norm2 = before_product(norm_layer(dim, **dd))
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

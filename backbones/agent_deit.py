@@ -15,7 +15,6 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     get_act_layer,
-    get_norm_layer,
     to_2tuple,
     trunc_normal_,
 )
@@ -30,7 +29,7 @@ from zoo.backbones._agent import (
     adapt_pos_embed,
     agent_cfg,
 )
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock
+from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock, get_norm_layer
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 
 __all__ = ["AgentDeit", "AgentTokenAttention", "TokenAttention"]

@@ -16,7 +16,6 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     get_act_layer,
-    get_norm_layer,
     to_2tuple,
     trunc_normal_,
 )
@@ -33,7 +32,7 @@ from zoo.backbones._agent import (
     check_stages,
     map_sizes,
 )
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock
+from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock, get_norm_layer
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels._symbols import ceil_div
 

@@ -15,7 +15,6 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     get_act_layer,
-    get_norm_layer,
     to_2tuple,
 )
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
@@ -23,7 +22,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages, TransformerBlock
+from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages, TransformerBlock, get_norm_layer
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.backbones.gc_vit import WindowAttention
 from zoo.kernels import window_attention_2d

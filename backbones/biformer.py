@@ -18,7 +18,7 @@ from timm.layers import DropPath, LayerNorm2d, LayerType, calculate_drop_path_ra
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, CheckpointedBlock, any_padding
+from zoo.backbones._backbone import Backbone, CheckpointedBlock, LayerNorm, any_padding, before_product
 from zoo.backbones._checkpoint import build_model
 from zoo.kernels import routing_attention_2d
 from zoo.kernels._symbols import ceil_div, crop
@@ -213,19 +213,19 @@ class BiFormerBlock(CheckpointedBlock):
             norm_layer, linear = partial(LayerNorm2d, eps=1e-6), partial(nn.Conv2d, kernel_size=1)
             routing, full = RoutingAttention2d, FullAttention2d
         else:
-            norm_layer, linear = partial(nn.LayerNorm, eps=1e-6), nn.Linear
+            norm_layer, linear = partial(LayerNorm, eps=1e-6), nn.Linear
             routing, full = RoutingAttention, FullAttention
         hidden = int(mlp_ratio * dim)
 
         self.pos_embed = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd) if conv_position else None
-        self.norm1 = norm_layer(dim, **dd)
+        self.norm1 = before_product(norm_layer(dim, **dd))
         if topk is None:
             self.attn = full(dim, num_heads, **dd)
         else:
             self.attn = routing(dim, num_heads, n_win=n_win, topk=topk, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-        self.norm2 = norm_layer(dim, **dd)
+        self.norm2 = before_product(norm_layer(dim, **dd))
         # The authors' blocks that mark positions have room for a convolution, which no published model has.
         room = [nn.Identity()] if conv_position else []
         self.mlp = nn.Sequential(linear(dim, hidden, **dd), *room, act_layer(), linear(hidden, dim, **dd))

@@ -17,7 +17,6 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     get_act_layer,
-    get_norm_layer,
     resize_rel_pos_bias_table_simple,
     to_2tuple,
     trunc_normal_,
@@ -31,7 +30,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Stages, TransformerBlock, any_padding
+from zoo.backbones._backbone import Backbone, Stages, TransformerBlock, any_padding, autocast_dtype, get_norm_layer
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
 from zoo.kernels._symbols import ceil_div, crop, is_symbol
@@ -235,8 +234,9 @@ class GlobalContextBlocks(nn.ModuleList):
 def as_autocast(x: Tensor) -> Tensor:
     """`x` in the dtype of autocast, if that is on: what convolves it takes it so, and what is added to it is so."""
     if not torch.jit.is_scripting():
-        if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):  # none on meta
-            return x.to(torch.get_autocast_dtype(x.device.type))
+        dtype = autocast_dtype(x)
+        if dtype is not None and x.dtype == torch.float32:
+            return x.to(dtype)
     return x
 
 

@@ -20,14 +20,13 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     get_act_layer,
-    get_norm_layer,
     to_2tuple,
     trunc_normal_,
 )
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Stage, Stages, TransformerBlock, any_padding
+from zoo.backbones._backbone import Backbone, Stage, Stages, TransformerBlock, any_padding, get_norm_layer
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import neighborhood_attention_2d
 from zoo.kernels._symbols import crop

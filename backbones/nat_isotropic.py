@@ -10,11 +10,11 @@ from functools import partial
 from itertools import cycle
 
 import torch
-from timm.layers import LayerType, calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.layers import LayerType, calculate_drop_path_rates, get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Blocks, PaddedPatchEmbed
+from zoo.backbones._backbone import Backbone, Blocks, PaddedPatchEmbed, get_norm_layer
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.backbones.nat import DINAT_PAPER, NeighborhoodBlock, _cfg
 

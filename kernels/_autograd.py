@@ -25,7 +25,7 @@ def register_gradient(name: str, forward: Callable, backward: Callable, inputs: 
     """
 
     def below_autograd(*arguments):
-        if not _watched(arguments[0]):  # the dispatcher takes longer than a small map
+        if not watched(arguments[0]):  # the dispatcher takes longer than a small map
             return forward(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.zoo, name)(*arguments)
@@ -46,7 +46,7 @@ def register_gradient(name: str, forward: Callable, backward: Callable, inputs: 
             saved = ctx.saved_tensors
             if grad_out is None:
                 grad_out = torch.zeros_like(saved[inputs])
-            run = getattr(torch.ops.zoo, f"{name}_backward") if _watched(grad_out) else backward
+            run = getattr(torch.ops.zoo, f"{name}_backward") if watched(grad_out) else backward
             found = run(grad_out, *grads[: differentiable - 1], *saved, *ctx.options)
             found = (None if x is None else grad for x, grad in zip(saved[:inputs], found))
             return *found, *(None for _ in ctx.options)
@@ -58,7 +58,7 @@ def register_gradient(name: str, forward: Callable, backward: Callable, inputs: 
         return below_autograd(*arguments)
 
 
-def _watched(x: Tensor) -> bool:
+def watched(x: Tensor) -> bool:
     """Whether something has to see the operators that run on `x`: a mode, a transform, a kind of tensor."""
     return (
         x.is_meta

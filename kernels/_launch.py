@@ -1,10 +1,12 @@
 """Launching Triton kernels at little cost to the host."""
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+HAS_TRITON = find_spec("triton") is not None  # once: calls are hot, and compilers cannot trace the search
 _MOST = 4096  # sets of arguments remembered
 _compiled: dict[tuple, object] = {}
 

@@ -7,13 +7,12 @@ first of them that can run the call.
 """
 
 import os
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from zoo.kernels._autograd import register_gradient
-from zoo.kernels._launch import device_of
+from zoo.kernels._launch import HAS_TRITON, device_of
 from zoo.kernels.neighborhood import tiled
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rel_pos_bias, Tensor? extra_key, Tensor? extra_value"
@@ -31,9 +30,6 @@ torch.library.define(
 )
 
 
-_HAS_TRITON = find_spec("triton") is not None  # once: calls are hot, and compilers cannot trace the search
-
-
 def why_not_triton(query: Tensor) -> str | None:
     """What keeps the fused kernels from these tensors, or None."""
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -42,7 +38,7 @@ def why_not_triton(query: Tensor) -> str | None:
         return f"needs float16, bfloat16 or float32, got {query.dtype}"
     if query.shape[-1] > 256:
         return f"needs a head_dim of at most 256, got {query.shape[-1]}"
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "needs the triton package: `pip install triton`"
     return None
 
