@@ -153,6 +153,24 @@ def test_extreme_logits_and_every_element_written(monkeypatch):
         assert all(g.isfinite().all() for g in grads if g is not None)
 
 
+@pytest.mark.parametrize("name", ["smaller than a tile", "one past a tile", "extra tokens"])
+def test_weights_of_the_backward_pass_sum_to_one(name):
+    """In float32 they do, however large the log-sum-exp that they are made of, and with it its rounding error."""
+    inputs, geometry = make(CASES[name])
+    inputs[0][..., 0], inputs[1][..., 0] = 1, 700
+    if inputs[4] is not None:
+        inputs[4][..., 0] = 700
+    out, lse = triton.forward(*inputs, geometry, 0.3)
+    assert lse.min() > 200
+    height, width, dim = out.shape[1], out.shape[2], out.shape[-1]
+    grad_out = torch.eye(dim, device=DEVICE)[torch.arange(height * width, device=DEVICE) % dim]
+    grad_out = grad_out.view(1, height, width, 1, dim).expand(out.shape).contiguous()
+    _, _, d_value, _, _, d_extra_value = triton.backward(grad_out, None, *inputs, out, lse, geometry, 0.3)
+    weights = d_value.double().sum((1, 2)) + (0 if d_extra_value is None else d_extra_value.double().sum(1))
+    queries = grad_out.double().sum((1, 2))
+    assert (weights - queries).abs().max() <= 1e-6 * queries.max()
+
+
 def test_empty_batch():
     inputs, geometry = make(((0, 5, 5, 2, 16), (3, 3), (1, 1), (1, 1), (False, False), True, 2))
     out, lse = triton.forward(*inputs, geometry, 0.3)

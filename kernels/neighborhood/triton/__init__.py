@@ -70,6 +70,11 @@ class _Signature(NamedTuple):
     has_bias: bool
     tf32: bool
 
+    @property
+    def exact(self) -> bool:
+        """Whether the kernels keep to the precision of float32 rather than to the GPU's fastest instructions."""
+        return self.dtype == torch.float32
+
 
 class _Walk(NamedTuple):
     """How one kernel goes over the map."""
@@ -138,17 +143,16 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
         "BORDER_X": borders[1],
         "PLAIN": plain,
     }
-    exact = s.dtype == torch.float32
     block_d = max(16, triton.next_power_of_2(dim))
     options = window_options | config.options() | {"RADIUS": s.radius, "dim": dim, "BLOCK_D": block_d}
-    options |= {"EVEN_D": block_d == dim, "PRECISION": "tf32" if s.tf32 else "ieee", "EXACT": exact}
+    options |= {"EVEN_D": block_d == dim, "PRECISION": "tf32" if s.tf32 else "ieee", "EXACT": s.exact}
     if kernel != "bias":
         # The last block may stick out by all but one of its members.
         bits = max(r + b for r, b in zip(reach, (config.block_y, config.block_x))) <= 32
         options |= {"BIAS": mode.value, "BITS": bits}
     if kernel == "forward":
         options["IMAGES"] = images
-    unroll_options = window_options | config.tile_options() | {"OF_KEYS": of_keys, "EXACT": exact}
+    unroll_options = window_options | config.tile_options() | {"OF_KEYS": of_keys, "EXACT": s.exact}
     layout = (*most, *patterns, kinds[1], *blocks)
     return _Walk(programs, tiles, layout, shared, unrolled, options, unroll_options)
 
@@ -230,7 +234,7 @@ def backward(
         d_others = (None if x is None else torch.zeros_like(x) for x in (rel_pos_bias, extra_key, extra_value))
         return *grads, *d_others
 
-    shift = torch.empty_like(lse)
+    shift = lse.new_empty(*lse.shape, 2) if p.signature.exact else torch.empty_like(lse)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     incoming = out.contiguous(), lse, grad_out, grad_lse, shift
     d_bias, has_keys = _query_and_bias_gradients(p, *incoming, *grads)

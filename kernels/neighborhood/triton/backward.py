@@ -16,12 +16,15 @@ from zoo.kernels.neighborhood.triton.common import (
     exponential,
     keys_of_tile,
     load,
+    load_shift,
     mask_and_bias,
     member_offset,
     member_offsets,
+    norm_of,
     queries_of_tile,
     sees_all,
     store,
+    store_shift,
     strides_of,
     tile_bias,
     tile_of_program,
@@ -47,7 +50,7 @@ def query_kernel(
     d_out,
     do_strides,
     d_lse,
-    shift,  # [batch, height, width, heads], written for the other kernels: sum(weights * d_weights) - d_lse
+    shift,  # [batch, height, width, heads], see `store_shift`, of sum(weights * d_weights) - d_lse
     d_query,
     height,
     width,
@@ -124,13 +127,18 @@ def query_kernel(
     # sum(out * d_out) is sum(weights * d_weights) but for rounding, which counts in float32 where few keys are seen.
     SWEEPS: tl.constexpr = 2 if EXACT else 1
     q_shift = tl.zeros([M], dtype=tl.float32)
+    total = tl.zeros([M], dtype=tl.float32)
+    q_norm = 1.0
     if SWEEPS == 1:
         q_shift += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     for sweep in tl.static_range(SWEEPS):
         if sweep + 1 == SWEEPS:
+            if EXACT:
+                q_norm = norm_of(total)
+                q_shift *= q_norm
             if d_lse is not None:
                 q_shift -= tl.load(d_lse + rows, mask=q_inside, other=0.0)
-            tl.store(shift + rows, q_shift, mask=q_inside)
+            store_shift(shift, rows, q_shift, q_norm, q_inside, EXACT)
         for block in range(tl.cdiv(high_y - low_y, BLOCK_Y) * blocks_x):
             row, col = block // blocks_x, block % blocks_x
             block_y, block_x = low_y + row * BLOCK_Y, low_x + col * BLOCK_X
@@ -153,7 +161,10 @@ def query_kernel(
             d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if sweep + 1 < SWEEPS:
                 q_shift += tl.sum(weights * d_weights, 1)
+                total += tl.sum(weights, 1)
             else:
+                if EXACT:
+                    weights *= q_norm[:, None]
                 d_logits = weights * (d_weights - q_shift[:, None])
                 dq = add_product(dq, d_logits.to(k.dtype), k, EXACT, PRECISION)
 
@@ -169,7 +180,10 @@ def query_kernel(
                 d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 if sweep + 1 < SWEEPS:
                     q_shift += tl.sum(weights * d_weights, 1)
+                    total += tl.sum(weights, 1)
                 else:
+                    if EXACT:
+                        weights *= q_norm[:, None]
                     d_logits = weights * (d_weights - q_shift[:, None])
                     dq = add_product(dq, d_logits.to(k.dtype), k, EXACT, PRECISION)
 
@@ -273,7 +287,7 @@ def key_value_kernel(
         do = load(do_block + do_offsets, q_inside, d, dim, EVEN_D)
         rows = r_base + member_offset(r_strides, block_y, block_x, dilation_y, dilation_x) + r_offsets
         q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * UNIT  # no weight outside
-        q_shift = tl.load(shift + rows, mask=q_inside, other=0.0)
+        q_shift, q_norm = load_shift(shift, rows, q_inside, EXACT)
         full = sees_all(
             block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
             TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
@@ -285,6 +299,8 @@ def key_value_kernel(
             KERNEL_Y, KERNEL_X, M, N, True, RADIUS, BIAS, BITS, EXACT,
         )  # fmt: skip
         weights = exponential(logits, EXACT)
+        if EXACT:
+            weights *= q_norm[None, :]
         dv = add_product(dv, weights.to(do.dtype), do, EXACT, PRECISION)
         d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_shift[None, :])
@@ -361,9 +377,11 @@ def extra_kernel(
         )
         rows = (batch * tokens + place) * heads + head
         q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * UNIT
-        q_shift = tl.load(shift + rows, mask=q_inside, other=0.0)
+        q_shift, q_norm = load_shift(shift, rows, q_inside, EXACT)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * UNIT) - q_lse[None, :]
         weights = exponential(logits, EXACT)
+        if EXACT:
+            weights *= q_norm[None, :]
         dv = add_product(dv, weights.to(do.dtype), do, EXACT, PRECISION)
         d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         d_logits = weights * (d_weights - q_shift[None, :])

@@ -15,13 +15,16 @@ from zoo.kernels.neighborhood.triton.common import (
     exponential,
     keys_of_tile,
     load,
+    load_shift,
     locate,
     member_offset,
     member_offsets,
+    norm_of,
     pair_bias,
     pattern,
     queries_of_tile,
     store,
+    store_shift,
     strides_of,
     tiles_like,
     token_base,
@@ -138,7 +141,7 @@ def gradient_kernel(
     d_out,
     do_strides,
     d_lse,
-    shift,  # [batch, height, width, heads]: read, or written where QUERY
+    shift,  # [batch, height, width, heads], see `store_shift`: read, or written where QUERY
     d_query,  # contiguous, as are the other gradients
     d_key,
     d_value,
@@ -256,8 +259,9 @@ def gradient_kernel(
         q_lse = tl.load(lse + at, mask=q_inside, other=0.0) * UNIT
         dq = tl.zeros([M, BLOCK_D], dtype=tl.float32)
         q_shift = tl.zeros([M], dtype=tl.float32)
+        q_norm = 1.0
         if not QUERY:
-            q_shift += tl.load(shift + at, mask=q_inside, other=0.0)
+            q_shift, q_norm = load_shift(shift, at, q_inside, EXACT)
         elif BLOCKS > 1:
             o = load(token_base(out, o_strides, batch, y, x, head) + o_offsets, q_inside, d, dim, EVEN_D)
             q_shift += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -277,6 +281,10 @@ def gradient_kernel(
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT) - q_lse[:, None]
             weights = exponential(tl.where(pairs == float("-inf"), pairs, logits + pairs), EXACT)
             d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if EXACT:
+                if QUERY:  # only of one block, see `store_shift`
+                    q_norm = norm_of(tl.sum(weights, 1))
+                weights *= q_norm[:, None]
             if QUERY:
                 if BLOCKS == 1:  # rounds less than the sum over out * d_out
                     q_shift += tl.sum(weights * d_weights, 1)
@@ -296,7 +304,7 @@ def gradient_kernel(
         sums = added
         if QUERY:
             if not KEY_VALUE:
-                tl.store(shift + at, q_shift, mask=q_inside)
+                store_shift(shift, at, q_shift, q_norm, q_inside, EXACT)
             dq_tile = token_base(d_query, o_strides, batch, y, x, head)
             store(dq_tile + o_offsets, dq * scale, q_inside, d, dim, EVEN_D)
 

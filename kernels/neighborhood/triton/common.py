@@ -72,6 +72,36 @@ def logarithm(top, total, EXACT: tl.constexpr):
     return y
 
 
+# The log-sum-exp is rounded, so weights made of it do not quite sum to 1, which in float32 is most of the gradients'
+# error: the first of the backward kernels divides by the sum, and leaves its inverse to the others beside `shift`.
+@triton.jit
+def norm_of(total):
+    """What brings weights to a sum of 1; finite where rounding left no weight, or there is no query."""
+    return 1.0 / tl.maximum(total, 1e-30)
+
+
+@triton.jit
+def store_shift(shift, rows, q_shift, q_norm, inside, EXACT: tl.constexpr):
+    """Keep what the backward kernels share of the queries at `rows`: [..., 2] if EXACT."""
+    if EXACT:
+        tl.store(shift + 2 * rows, q_shift, mask=inside)
+        tl.store(shift + 2 * rows + 1, q_norm, mask=inside)
+    else:
+        tl.store(shift + rows, q_shift, mask=inside)
+
+
+@triton.jit
+def load_shift(shift, rows, inside, EXACT: tl.constexpr):
+    """The shift of the queries at `rows`, and the factor of their weights."""
+    if EXACT:
+        q_shift = tl.load(shift + 2 * rows, mask=inside, other=0.0)
+        q_norm = tl.load(shift + 2 * rows + 1, mask=inside, other=0.0)
+    else:
+        q_shift = tl.load(shift + rows, mask=inside, other=0.0)
+        q_norm = 1.0
+    return q_shift, q_norm
+
+
 @triton.jit
 def add_product(acc, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a @ b. If EXACT, each product is added up by itself first: one long sum would round more."""
