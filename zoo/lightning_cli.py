@@ -18,6 +18,37 @@ from zoo.task import Classification
 from zoo.training import SIGTERM_STATUS, GlobalBatchSize, SaveProgress, SkipNonFinite, find_last_checkpoint
 
 
+class RecipeTrainer(Trainer):
+    """Lightning's trainer. On the command line and in recipes, a limit of ``1`` is one batch, of ``1.0`` all of them.
+
+    Lightning says ``Optional[Union[int, float]]``, for which Python's ``typing`` may give what it was asked for before,
+    in the other order: then ``1`` is read as a float, and limits nothing.
+
+    Args:
+        limit_train_batches: Batches of an epoch to train on: a number (1), or a share of them (0.1; 1.0 for all).
+        limit_val_batches: The same for validation.
+        limit_test_batches: The same for testing.
+        limit_predict_batches: The same for prediction.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            **kwargs,
+        )
+
+
 class RecipeCLI(LightningCLI):
     """Lightning's command line, with recipes by name, linked numbers of classes, and checkpoints checked first."""
 
@@ -25,6 +56,7 @@ class RecipeCLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=RecipeTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

@@ -456,3 +456,24 @@ def test_checks_of_models(check_diffusion, monkeypatch, tmp_path, capsys):
     assert "FAIL  flux, no window: the window makes no difference" in lines
     assert any(line.startswith("FAIL  flux, large window: ValueError: kernel_size * dilation") for line in lines)
     assert failed.startswith("2 failed")
+
+
+def test_scaling_says_what_differs_and_how_well_it_scales():
+    bench_scaling = importlib.import_module("bench_scaling")
+    evaluation = {"val_top1": 0.5, "val_top5": 0.75, "val_ece": 0.25, "val_loss": 2.0}
+    single = {"evaluation float32": evaluation, "training float32": [2.0, 1.0], "training float64": [2.0, 1.0]}
+    single |= {"accumulated float32": [2.0, 1.0], "accumulated float64": [2.0, 1.0]}
+    close = single | {"training float32": [2.0, 1.00005]}
+    table, fine = bench_scaling.check_table({"single 1": single, "ddp 2": close})
+    assert fine
+    assert "| ddp 2 | equal | 5.0e-05 | 0.0e+00 |" in table
+
+    far = close | {"training float64": [2.0, 1.00005], "evaluation float32": evaluation | {"val_ece": 0.2500001}}
+    table, fine = bench_scaling.check_table({"single 1": single, "ddp 2": far, "fsdp 2": "not done in 60 s"})
+    assert not fine
+    assert "| ddp 2 | WRONG: val_ece differ | 5.0e-05 | WRONG: 5.0e-05 |" in table
+    assert "| fsdp 2 | WRONG: not done in 60 s |" in table
+
+    cells = {"single 1": {"images": 100, "memory": 1}, "ddp 4": {"images": 360, "memory": 2}}
+    table = bench_scaling.time_table(cells | {"ddp 1": {"images": 96, "memory": 2}, "ddp 2": "failed"}, [1, 2, 4])
+    assert "| ddp | 96 (2.0) | failed | 360 (2.0) |  |  | 93.8% | 90.0% |" in table

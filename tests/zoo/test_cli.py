@@ -190,6 +190,12 @@ class TestRecipes:
             main(["fit", "--config", "digits/dinat", "--config", str(own), "--print_config"])
         assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_epochs"] == 3
 
+    @pytest.mark.parametrize(("limit", "kind"), [("1", int), ("1.0", float)])
+    def test_one_batch_is_not_all(self, capsys, limit, kind):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", "digits/dinat", "--trainer.limit_train_batches", limit, "--print_config"])
+        assert type(yaml.safe_load(capsys.readouterr().out)["trainer"]["limit_train_batches"]) is kind
+
     def test_unknown_key(self, capsys):
         with pytest.raises(SystemExit) as exit_:
             main(["fit", "--config", "digits/dinat", "--model.learning_rate", "1"])
