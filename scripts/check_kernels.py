@@ -8,7 +8,7 @@ torch in the same dtype. Every random problem runs twice and has to repeat bit b
 exit status is 1 if anything failed or was not reached.
 
 Compiling takes most of the time, so problems come in families: what is compiled in is drawn once a family, sizes and
-values for every problem. Families run on all processor cores, and share Triton's cache on disk.
+values for every problem. Families run on all processor cores and GPUs, and share Triton's cache on disk.
 
 Under the sanitizer, after one plain run that fills Triton's cache:
 
@@ -134,7 +134,7 @@ def poisoned_memory(warn_only: bool = True) -> Iterator[None]:
 
 def check_family(number: int, operator: str, problems: range) -> list[tuple[str, str, dict[str, float], list[str]]]:
     """In a worker: each problem, its dtype, the shares of the allowed error, and what is wrong."""
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(number % torch.cuda.device_count())
     warnings.filterwarnings("ignore")
     kind, found = family(number, operator), []
     with poisoned_memory():
