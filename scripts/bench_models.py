@@ -8,6 +8,11 @@ bfloat16 autocast on synthetic images; training is a forward and backward pass a
 is first compared with the same model in float32 on the CPU: the outputs, and for training every gradient. Where they
 differ the cell says so and has no figure. Both memory formats are tried eagerly, and the faster one is compiled.
 
+Some models make much of rounding in training: batch norm over two images, and choices such as routes and ReLUs that
+rounding tips. So eager training is compared twice, as it is timed and in float32 on the GPU, where the limit is tight.
+Beyond either limit the difference is held against what rounding does to the same model on the CPU. In bfloat16 that
+may say little (HaloNets with batch norm lose most of their gradient); in float32 a wrong table still shows.
+
 Eager figures come first, size by size, then the compiled ones, in the order of the names; all are measured alone. What
 takes long is compiling: `--warm` does it beforehand in as many processes, which leave what they made in the caches.
 
@@ -53,9 +58,14 @@ NAMES = (
 MODES, WAYS = ("inference", "training"), ("eager", "compiled")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 # Inference: of the largest output. Training: of the norm of all gradients, too. Tried on the CPU, bfloat16 autocast of
-# convnext_tiny, swin_tiny and halonet26t errs by 0.004 to 0.007 in inference and 0.006 to 0.07 (batch norm over two
-# images) in training; one bias table of swin_tiny with its sign changed, by 0.06.
+# convnext_tiny, swin_tiny and halonet26t errs by 0.004 to 0.007 in inference and 0.006 to 0.07 in training; one bias
+# table of swin_tiny with its sign changed, by 0.06.
 ALLOWED = {"inference": 0.02, "training": 0.12}
+ALLOWED_EXACT = 0.001  # the same in float32, where swin_tiny errs by 0.000001
+# Where that is too little, in units of the error by rounding on the CPU; in float32 algorithms of convolution differ.
+# In training halonet_h1_256 errs there by 0.36 in bfloat16 and 0.002 in float32, by 0.37 with the sign of one table
+# changed; biformer_tiny by 0.06 and 0.000001.
+MOST_ROUNDING = {torch.bfloat16: 4, torch.float32: 16}
 DEVICE = "cuda"
 
 
@@ -74,12 +84,18 @@ class Job(NamedTuple):
         """The table's row that it belongs to."""
         return f"{self.name}, accelerated" if self.accelerate else self.name
 
+    @property
+    def plain(self) -> Job:
+        """What it is compared with: jobs that differ in nothing else share it."""
+        return self._replace(batch=2, way="eager", accelerate=False)
+
 
 def create(job: Job) -> nn.Module:
     """The model with fixed random weights, on the CPU. Without stochastic depth: its outputs are to be compared.
 
-    As models are initialised, the head sees little but the stem: weights are small, and layer scale is. Here every part
-    counts, or comparing outputs would say nothing of the attention.
+    As models are initialised, the head sees little but the stem: weights are small, and layer scale is, and timm's
+    HaloNets end their branches with gains of 0. Here every part counts, or comparing outputs would say nothing of the
+    attention; but with gains of 1 rounding would grow from block to block.
     """
     torch.manual_seed(0)
     try:
@@ -88,9 +104,11 @@ def create(job: Job) -> nn.Module:
         model = timm.create_model(job.name, drop_path_rate=0.0)
     products = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     with torch.no_grad():
-        for x in model.parameters():
-            if x in products:
+        for name, x in model.named_parameters():
+            if x in products or name.endswith("_rel"):  # HaloNets multiply these with queries
                 x.normal_(std=x[0].numel() ** -0.5)
+            elif name.endswith("conv3_1x1.bn.weight"):
+                x.fill_(0.2)
             elif x.dim() > 1:  # tables of positions
                 x.normal_()
             elif 0 < x.abs().max() < 0.1:  # layer scale
@@ -117,10 +135,13 @@ def outputs_and_gradients(
 
 
 @cache
-def exact_results(job: Job) -> tuple[Tensor, list[Tensor]]:
-    """Two images through the model in float32 on the CPU; jobs that differ in nothing else share them."""
+def on_cpu(job: Job, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Two images through a plain job's model on the CPU in this dtype, bfloat16 by autocast."""
     model = create(job)
-    return outputs_and_gradients(model, model, *two_images(job.size), amp=False)
+    images, labels = two_images(job.size)
+    if dtype == torch.float64:
+        model, images = model.double(), images.double()
+    return outputs_and_gradients(model, model, images, labels, amp=dtype == torch.bfloat16)
 
 
 def two_images(size: int) -> tuple[Tensor, Tensor]:
@@ -128,21 +149,44 @@ def two_images(size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 7])
 
 
-def error_of(model: nn.Module, call: Callable, job: Job, layout: torch.memory_format) -> float:
-    """Difference from float32: of the outputs relative to the largest, or of all gradients relative to their norm.
+def difference(results: tuple[Tensor, list[Tensor]], exact: tuple[Tensor, list[Tensor]]) -> float:
+    """Of the outputs relative to the largest, or of all gradients relative to their norm: the larger one."""
+    (out, grads), (exact_out, exact_grads) = results, exact
+    error = ((out - exact_out).abs().max() / exact_out.abs().max()).item()
+    if grads:
+        differences = [g - e for g, e in zip(grads, exact_grads, strict=True)]
+        distance, norm = (torch.stack([x.norm() for x in xs]).norm() for xs in (differences, exact_grads))
+        error = max(error, (distance / norm).item())
+    return error
+
+
+def error_of(model: nn.Module, call: Callable, job: Job, layout: torch.memory_format, amp: bool = True) -> float:
+    """Difference from float32 on the CPU.
 
     The two images are repeated to the batch that is timed, so that nothing is compiled for another; means over the
     batch, of the loss or in batch norm, stay the same.
     """
     images, labels = (x.repeat(job.batch // 2, *[1] * (x.dim() - 1)).to(DEVICE) for x in two_images(job.size))
     images = images.contiguous(memory_format=layout)
-    out, grads = outputs_and_gradients(model, call, images, labels, amp=True)
-    exact, exact_grads = exact_results(job._replace(batch=2, way="eager", accelerate=False))
-    error = ((out[:2] - exact).abs().max() / exact.abs().max()).item()
-    if grads:
-        differences = [g - e for g, e in zip(grads, exact_grads, strict=True)]
-        difference, norm = (torch.stack([x.norm() for x in xs]).norm() for xs in (differences, exact_grads))
-        error = max(error, (difference / norm).item())
+    out, grads = outputs_and_gradients(model, call, images, labels, amp)
+    return difference((out[:2], grads), on_cpu(job.plain, torch.float32))
+
+
+def checked_error(model: nn.Module, call: Callable, job: Job, layout: torch.memory_format, amp: bool = True) -> float:
+    """`error_of`, found small enough.
+
+    Raises:
+        ValueError: It is too large.
+    """
+    error = error_of(model, call, job, layout, amp)
+    allowed = ALLOWED[job.mode] if amp else ALLOWED_EXACT
+    if not error <= allowed and job.mode == "training":
+        coarse, fine = (torch.bfloat16, torch.float32) if amp else (torch.float32, torch.float64)
+        rounding = difference(on_cpu(job.plain, coarse), on_cpu(job.plain, fine))
+        allowed = max(allowed, MOST_ROUNDING[coarse] * rounding)
+    if not error <= allowed:
+        dtype = "bfloat16" if amp else "float32"
+        raise ValueError(f"differs from float32 on the CPU by {error:.2g} in {dtype}; {allowed:.2g} is allowed")
     return error
 
 
@@ -158,9 +202,9 @@ def ready(job: Job, layout: str, compile_mode: str) -> tuple[nn.Module, Callable
 def measure(job: Job, layout: str, compile_mode: str) -> dict:
     """Images per second, peak memory in GiB, and the error, after it was found small enough."""
     model, call = ready(job, layout, compile_mode)
-    error = error_of(model, call, job, LAYOUTS[layout])
-    if not error <= ALLOWED[job.mode]:
-        raise ValueError(f"differs from float32 on the CPU by {error:.2g}")
+    errors = {"error": checked_error(model, call, job, LAYOUTS[layout])}
+    if model.training and job.way == "eager":
+        errors["exact"] = checked_error(model, call, job.plain, LAYOUTS[layout], amp=False)
     images = torch.randn(job.batch, 3, job.size, job.size, device=DEVICE).contiguous(memory_format=LAYOUTS[layout])
     labels = torch.randint(1000, (job.batch,), device=DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -190,7 +234,7 @@ def measure(job: Job, layout: str, compile_mode: str) -> dict:
     # From mark to mark, so that what the host does between steps counts, too.
     median = statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
     memory = torch.cuda.max_memory_allocated() / 2**30
-    return {"images": job.batch / median * 1e3, "memory": memory, "error": error, "layout": layout}
+    return {"images": job.batch / median * 1e3, "memory": memory, "layout": layout, **errors}
 
 
 def tidy() -> None:
@@ -218,6 +262,7 @@ def settle() -> None:
     """How this process runs models."""
     warnings.filterwarnings("ignore")
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # what is compared in float32 is to be float32
     inductor.autotune_local_cache = False  # what was fastest among other processes is not known
 
 
@@ -279,14 +324,16 @@ def report(sizes: dict[str, dict], about: str) -> str:
         f"{about}. bfloat16 autocast, synthetic images, AdamW (fused); images per second, medians of 30 steps, and in "
         "parentheses the peak memory in GiB. The memory format is the faster one, eager; the error is the largest "
         "difference from float32 on the CPU, of the outputs relative to the largest, or of all gradients relative to "
-        "their norm.\n",
+        "their norm; beside it, that of eager training when it is in float32, too.\n",
     ]
     for size, table in sorted(sizes.items(), key=lambda item: int(item[0])):
         batches = ", ".join(f"{mode} at batch {table['batch'][mode]}" for mode in MODES if mode in table["batch"])
-        header = ["model", *(f"{mode}, {way}" for mode in MODES for way in WAYS), "memory format", "error"]
+        columns = [f"{mode}, {way}" for mode in MODES for way in WAYS]
+        header = ["model", *columns, "memory format", "error", "in float32"]
         lines = []
         for name, results in table["rows"].items():
             known = [r for r in results.values() if isinstance(r, dict)]
+            exact = [r["exact"] for r in known if "exact" in r]
             layouts = {mode: results.get(f"{mode} eager") for mode in MODES}
             lines.append(
                 [
@@ -294,6 +341,7 @@ def report(sizes: dict[str, dict], about: str) -> str:
                     *(cell(results.get(f"{mode} {way}")) for mode in MODES for way in WAYS),
                     "; ".join(f"{mode} {r['layout']}" for mode, r in layouts.items() if isinstance(r, dict)),
                     f"{max(r['error'] for r in known):.3f}" if known else "-",
+                    f"{max(exact):.1e}" if exact else "-",
                 ]
             )
         parts += [f"## {size} x {size} pixels, {batches}\n", markdown_table(header, lines)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from zoo.kernels._symbols import is_symbol
 
 
 def agent_attention(
@@ -23,6 +26,24 @@ def agent_attention(
     if query_bias is not None:
         query_bias = query_bias.to(query.dtype).contiguous().unsqueeze(0)
     q, k, v, a = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), agent.transpose(1, 2)
-    gathered = F.scaled_dot_product_attention(a, k, v, attn_mask=agent_bias, scale=scale)
+    keys = k.shape[2]
+    if k.is_cuda and not is_symbol(keys) and keys >= 4096 and keys % 1024 == 0:
+        gathered = gather_in_parts(a, k, v, agent_bias, scale, 1024)
+    else:
+        gathered = F.scaled_dot_product_attention(a, k, v, attn_mask=agent_bias, scale=scale)
     out = F.scaled_dot_product_attention(q, a, gathered, attn_mask=query_bias, scale=query_scale)
     return out.transpose(1, 2)
+
+
+def gather_in_parts(agent: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, part: int) -> Tensor:
+    """[batch, heads, agents, dim] from keys and values [batch, heads, keys, dim], a multiple of `part`.
+
+    A fused kernel takes all keys of an image and a head in turn, in a single program where agents are few; of a large
+    map that leaves most of a GPU idle. All logits of few agents take little more memory than the keys.
+    """
+    logits = torch.matmul(scale * agent, key.transpose(2, 3))
+    if bias is not None:
+        logits = logits + bias
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(value.dtype)
+    parts = torch.matmul(weights.unflatten(3, (-1, part)).transpose(2, 3), value.unflatten(2, (-1, part)))
+    return parts.sum(2)

@@ -43,6 +43,8 @@ def window_attention_2d(
     mask = None if bias is None else bias.unsqueeze(0)  # of four dimensions, as in neighborhood/dense.py
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
+    if _is_column(width, cols) and not shifted:
+        return out.transpose(1, 2).reshape(batch, height, width, heads, value.shape[-1])
     out = out.reshape(batch, height // rows, width // cols, heads, rows, cols, value.shape[-1])
     out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, heads, value.shape[-1])
     return _roll(out, shift[0], shift[1]) if shifted else out
@@ -53,6 +55,11 @@ def is_shared(query: Tensor, key: Tensor) -> bool:
     if is_symbol(key.shape[1]) or is_symbol(key.shape[2]):
         return not is_symbol(query.shape[1]) and not is_symbol(query.shape[2])
     return query.shape[1] != key.shape[1] or query.shape[2] != key.shape[2]
+
+
+def _is_column(width: int, cols: int) -> bool:
+    """Whether windows are all below each other, so that each is a run of tokens."""
+    return not is_symbol(width) and not is_symbol(cols) and width == cols
 
 
 def _roll(x: Tensor, down: int, right: int) -> Tensor:
@@ -71,6 +78,8 @@ def _partition(x: Tensor, window_size: tuple[int, int], outer: int, inner: int) 
     `outer` and `inner` are cut from batch, windows, heads. Where windows are below each other, nothing is copied.
     """
     rows, cols = window_size
+    if _is_column(x.shape[2], cols) and inner == x.shape[3]:  # the same in fewer steps, which the host of a GPU feels
+        return x.reshape(outer, rows * cols, inner, x.shape[-1]).transpose(1, 2)
     x = x.unflatten(2, (-1, cols)).unflatten(1, (-1, rows))  # [batch, down, rows, across, cols, heads, dim]
     return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(outer, inner, rows * cols, x.shape[-1])
 

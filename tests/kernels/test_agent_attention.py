@@ -150,6 +150,15 @@ def test_extreme_logits(backend, scale):
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_keys_are_gathered_in_parts(bias):
+    """What GPUs do with large maps."""
+    _, key, value, agent, agent_bias, _ = make(keys=24, dim=8, bias=bias, dtype=torch.float64, grad=False)
+    tensors = [x.transpose(1, 2) for x in (agent, key, value)]
+    expected = F.scaled_dot_product_attention(*tensors, attn_mask=agent_bias, scale=0.7)
+    assert torch.allclose(torch.jit.script(sdpa.gather_in_parts)(*tensors, agent_bias, 0.7, 8), expected, atol=1e-12)
+
+
 def test_nothing_of_queries_by_keys():
     """The largest tensor of a forward and backward pass on a 48 x 48 map, with nine agents."""
     largest = 0

@@ -16,7 +16,7 @@ from operators import (
     random_inputs,
 )
 from zoo.kernels import neighborhood_attention_2d, window_attention_2d
-from zoo.kernels.window import api, tiled
+from zoo.kernels.window import api, fused, tiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "tiled"]
@@ -57,6 +57,15 @@ def make(shape, window_size, *, shared=False, bias=True, value_dim=None, **optio
 def attend(window_size, shift=0, function=window_attention_2d, **options):
     """The call as a function of query, key, value and bias."""
     return lambda q, k, v, bias: function(q, k, v, window_size, shift, rel_pos_bias=bias, **options)
+
+
+class Like:
+    """What the choice of a backend asks of a tensor on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, shape, dtype):
+        self.shape, self.dtype, self.element_size = shape, dtype, lambda: dtype.itemsize
 
 
 # The meaning
@@ -158,6 +167,43 @@ def test_tiled_matches_reference(call):
     inputs = make(shape, window_size, shared=shared, bias=bias, value_dim=value_dim)
     tiled, reference = (attend(window_size, shift, backend=backend) for backend in ("tiled", "reference"))
     assert_matches(tiled, reference, inputs, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "shared", "bias"), [((4, 3), True, True), ((2, 6), True, False), ((4, 6), False, True)]
+)
+def test_triton_matches_reference(size, shared, bias):
+    """Windows below each other, and beside each other."""
+    inputs = make((2, *size, 1, 12), (2, 3), shared=shared, bias=bias, dtype=torch.float32, device=DEVICE)
+    fused, reference = (attend((2, 3), scale=0.4, backend=backend) for backend in ("triton", "reference"))
+    assert_matches(fused, reference, inputs, 3e-6)
+
+
+def test_windows_below_each_other_are_a_batch(monkeypatch):
+    """As GC ViT has them: nothing of a fused projection is copied."""
+    qkv, seen = torch.randn(2, 6, 3, 3, 1, 16, device=DEVICE), []
+    function = fused.ops._forward
+    monkeypatch.setattr(torch.ops.zoo, "neighborhood_attention_2d", lambda *a: seen.extend(a[:3]) or function(*a))
+    window_attention_2d(*qkv.unbind(3), (2, 3), backend="triton")
+    assert [x.shape for x in seen] == [(6, 2, 3, 1, 16)] * 3
+    assert {x.untyped_storage().data_ptr() for x in seen} == {qkv.untyped_storage().data_ptr()}
+
+
+def test_who_takes_triton():
+    """Calls with small windows in half precision on a GPU."""
+
+    def takes(window_size=7, dim=32, dtype=torch.bfloat16, shift=0, value_dim=32):
+        key, value = (Like((2, 56, 56, 2, n), dtype) for n in (dim, value_dim))
+        return api._takes_triton(key, value, (window_size, window_size), (shift, shift))
+
+    assert takes()
+    assert takes(8)
+    assert not takes(14)
+    assert not takes(dtype=torch.float32)
+    assert not takes(dim=256, value_dim=256)
+    assert not takes(shift=3)
+    assert not takes(value_dim=64)
+    assert not api._takes_triton(*[torch.zeros(1, 7, 7, 1, 32).bfloat16()] * 2, (7, 7), (0, 0))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -343,7 +389,18 @@ REFUSALS = {
     "bias device": (dict(rel_pos_bias=torch.zeros(3, 7, 5, device="meta")), ValueError, "rel_pos_bias must be on the"),
     "bias shape": (dict(rel_pos_bias=torch.zeros(35, 3)), ValueError, r"= \(3, 7, 5\), got \(35, 3\)"),
     "scale type": (dict(scale="big"), TypeError, "scale must be a number or None, got str"),
-    "backend": (dict(backend="triton"), ValueError, "backend must be one of auto, reference, tiled, got 'triton'"),
+    "backend": (dict(backend="natten"), ValueError, "backend must be one of auto, .*, triton, got 'natten'"),
+    "triton shift": (dict(backend="triton", shift=1), ValueError, r"backend='triton' takes no shift, got \(1, 1\)"),
+    "triton value": (
+        dict(backend="triton", value=X[..., :2]),
+        ValueError,
+        "backend='triton' needs values as wide as keys, got 2 and 4",
+    ),
+    "triton dtype": (
+        {"backend": "triton"} | {name: X.double() for name in ("query", "key", "value")},
+        ValueError,
+        "backend='triton' needs float16, bfloat16 or float32, got torch.float64",
+    ),
 }
 
 

@@ -300,7 +300,23 @@ def test_model_errors(bench_models, monkeypatch, mode):
         model = bench_models.create(job)
         with torch.no_grad():
             model.get_parameter(part).neg_()
-        assert bench_models.error_of(model, model, job, torch.channels_last) > bench_models.ALLOWED[mode], part
+        for amp in (True, False):
+            with pytest.raises(ValueError, match=f"differs from float32 .* in {'bfloat16' if amp else 'float32'};"):
+                bench_models.checked_error(model, model, job, torch.channels_last, amp)
+
+
+def test_model_errors_where_rounding_grows(bench_models, monkeypatch):
+    """Batch norm over two images of a map of 4 x 4."""
+    monkeypatch.setattr(bench_models, "DEVICE", "cpu")
+    job = bench_models.Job("test_halonet", 128, 2, "training", "eager")
+    model = bench_models.create(job)
+    assert bench_models.error_of(model, model, job, torch.contiguous_format) > bench_models.ALLOWED["training"]
+    assert bench_models.checked_error(model, model, job, torch.contiguous_format) < 1
+    assert bench_models.checked_error(model, model, job, torch.channels_last, amp=False) < 0.001
+    with torch.no_grad():
+        model.get_parameter("stages.1.0.self_attn.pos_embed.height_rel").neg_()
+    with pytest.raises(ValueError, match="in float32; 0"):
+        bench_models.checked_error(model, model, job, torch.channels_last, amp=False)
 
 
 def test_batches_keep_the_pixels(bench_models):
@@ -345,17 +361,20 @@ def test_models_in_several_runs(bench_models, monkeypatch, tmp_path):
     assert run("a", "--seconds", "-1") == []
     lines = (tmp_path / "models.md").read_text().splitlines()
     assert [line for line in lines if line.startswith(("| a |", "| b |"))] == [
-        "| a | 1 (1.0) | 1 (1.0) | - | - | inference channels last | 0.000 |",
-        "| b | 1 (1.0) | too hard | - | - | inference channels last | 0.000 |",
+        "| a | 1 (1.0) | 1 (1.0) | - | - | inference channels last | 0.000 | - |",
+        "| b | 1 (1.0) | too hard | - | - | inference channels last | 0.000 | - |",
     ]
 
 
 def test_models_report(bench_models):
     result = {"images": 12345.6, "memory": 3.21, "error": 0.0123, "layout": "channels last"}
     rows = {"nat_tiny": {"inference eager": result, "inference compiled": "out of memory"}}
+    rows["swin"] = {"training eager": {**result, "exact": 0.0000123}}
     text = bench_models.report({"224": {"batch": {"inference": 256}, "rows": rows}}, "v")
-    line = text.splitlines()[-1]
-    assert line == "| nat_tiny | 12,346 (3.2) | out of memory | - | - | inference channels last | 0.012 |"
+    assert text.splitlines()[-2:] == [
+        "| nat_tiny | 12,346 (3.2) | out of memory | - | - | inference channels last | 0.012 | - |",
+        "| swin | - | - | 12,346 (3.2) | - | training channels last | 0.012 | 1.2e-05 |",
+    ]
     assert "224 x 224 pixels, inference at batch 256" in text
 
 
