@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import zoo  # noqa: F401  (registers our models)
-from zoo.checkpoints import read_checkpoint
+from zoo.checkpoints import check_fits, read_checkpoint, read_lightning_checkpoint
 from zoo.data import decode
 from zoo.errors import UserError
-from zoo.task import Classification, create_model
+from zoo.task import create_model, expect_data
 
 
 @dataclass
@@ -85,17 +85,37 @@ def load_classifier(name: str | None, checkpoint: str | Path | None = None, pret
             if name is None:
                 raise UserError(f"--model: {checkpoint} holds weights alone, so the model's name is needed")
             model = create_model(name, _num_classes(name), checkpoint=str(checkpoint))
-        elif held is None:
-            raise UserError(f"{checkpoint} holds no classifier; expected a checkpoint of zoo.task.Classification")
         elif name not in (None, held):
             raise UserError(f"{checkpoint} holds a {held}, but --model asks for {name}")
         else:
-            name = held
-            model = Classification.load_from_checkpoint(checkpoint, weights_only=True, map_location="cpu").model
+            name, model = load_trained(checkpoint)
         weights = Path(checkpoint).name
     if classes is None and getattr(model, "num_classes", None) == 1000:
         classes = [name.partition(",")[0] for name in ImageNetInfo().label_descriptions()]
     return Classifier(model.eval().requires_grad_(False), name, weights, classes)
+
+
+def load_trained(path: str | Path) -> tuple[str, nn.Module]:
+    """Name and model, in evaluation mode and on the CPU, of a checkpoint of ``zoo fit``.
+
+    The weights are those that the run validated: averaged ones where it averaged them. The model expects images as the
+    run had them.
+
+    Raises:
+        UserError: It is no checkpoint of a classifier, or damaged.
+    """
+    checkpoint = read_lightning_checkpoint(path)
+    known = checkpoint.get("hyper_parameters", {})
+    name = known.get("model_name")
+    if name is None:
+        raise UserError(f"{path} holds no classifier; expected a checkpoint of zoo.task.Classification")
+    model = create_model(name, known.get("num_classes"), known.get("model_args"))
+    prefix = "model."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    check_fits({"state_dict": weights}, model, path)
+    model.load_state_dict(weights)
+    expect_data(model, checkpoint)
+    return name, model.eval()
 
 
 def read_image(path: str | Path) -> Image.Image:

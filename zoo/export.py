@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo import __version__
 from zoo.backbones.biformer import RoutingAttention2d
-from zoo.checkpoints import check_fits, read_lightning_checkpoint
+from zoo.classifier import load_trained
 from zoo.errors import UserError
 from zoo.lowering import written_out
 from zoo.task import create_model
@@ -86,17 +86,7 @@ def load_model(source: str, pretrained: bool = False, weights: str | None = None
         return source, create_model(source, None, None, pretrained, weights).eval()
     if pretrained or weights is not None:
         raise UserError(f"{source} is a checkpoint and has weights: leave out --pretrained and --weights")
-    checkpoint = read_lightning_checkpoint(path)
-    hyper_parameters = checkpoint.get("hyper_parameters", {})
-    if "model_name" not in hyper_parameters:
-        raise UserError(f"{source} names no model: expected a checkpoint of zoo.task.Classification")
-    name = hyper_parameters["model_name"]
-    model = create_model(name, hyper_parameters.get("num_classes"), hyper_parameters.get("model_args"))
-    prefix = "model."
-    state_dict = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    check_fits({"state_dict": state_dict}, model, path)
-    model.load_state_dict(state_dict)
-    return name, model.eval()
+    return load_trained(path)
 
 
 def export(

@@ -97,9 +97,10 @@ class Report(Callback):
             return
         images, labels = batch[:2]
         if len(images) and len(labels) == len(logits):
-            self._take(pl_module, images, labels, logits.float())
+            config = getattr(trainer.datamodule, "data_config", None) or getattr(pl_module, "data_config", {})
+            self._take(config, images, labels, logits.float())
 
-    def _take(self, pl_module: LightningModule, images: Tensor, labels: Tensor, logits: Tensor) -> None:
+    def _take(self, config: dict[str, Any], images: Tensor, labels: Tensor, logits: Tensor) -> None:
         logs = logits.log_softmax(-1)
         answers = logits.argmax(-1)
         losses = -logs.gather(1, labels.clamp(min=0)[:, None])[:, 0]
@@ -109,7 +110,7 @@ class Report(Callback):
         wrong = ((answers != labels) & (labels >= 0) & (losses > least)).nonzero()[:, 0].tolist()
         for i in sorted(wrong, key=lambda i: -losses[i])[: self.most]:
             probability = logs[i, answers[i]].exp().item()
-            self.mistakes.append(Mistake(losses[i].item(), *pairs[i], probability, _jpeg(images[i], pl_module)))
+            self.mistakes.append(Mistake(losses[i].item(), *pairs[i], probability, _jpeg(images[i], config)))
         self.mistakes = sorted(self.mistakes, key=lambda mistake: -mistake.loss)[: self.most]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -373,10 +374,9 @@ def _table(caption: str, header: Iterable[str], rows: Iterable[Sequence[str]]) -
     )
 
 
-def _jpeg(image: Tensor, pl_module: LightningModule) -> bytes:
-    """A small picture of an image as the model takes it, [channels, height, width]."""
+def _jpeg(image: Tensor, config: dict[str, Any]) -> bytes:
+    """A small picture of an image as the model takes it, [channels, height, width], normalised as timm's terms say."""
     image = image.detach().float().cpu()
-    config = getattr(pl_module, "data_config", {})
     mean, std = (torch.tensor(config.get(key, (math.nan,)))[:, None, None] for key in ("mean", "std"))
     pixels = image * std + mean if len(mean) == len(image) else image * math.nan
     if not (pixels > -0.1).logical_and(pixels < 1.1).all():  # it was normalised otherwise: use the whole range

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from timm.data import Mixup, resolve_model_data_config
 from timm.optim import create_optimizer_v2, list_optimizers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
@@ -133,9 +133,15 @@ class Classification(LightningModule):
         self.test_evaluation.write(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        classes = getattr(self.trainer.datamodule, "classes", None)
+        # So that images can be prepared alike, and predictions named, wherever it is loaded.
+        classes, config = (getattr(self.trainer.datamodule, name, None) for name in ("classes", "data_config"))
         if classes is not None:
-            checkpoint["classes"] = list(classes)  # so that predictions can be named wherever it is loaded
+            checkpoint["classes"] = list(classes)
+        if config is not None:
+            checkpoint["data_config"] = dict(config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        expect_data(self.model, checkpoint)
 
     def predict_step(self, batch: Tensor | Sequence[Any], batch_idx: int) -> dict[str, Any]:
         """Return each image's class probabilities, its most likely class and, where the data names images, its name."""
@@ -150,6 +156,14 @@ class Classification(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = create_optimizer_v2(self.model, opt=self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
         return cosine_schedule(self.trainer, optimizer, self.warmup_epochs, self.min_lr)
+
+
+def expect_data(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Let ``model`` expect images as those that it was trained on, where the checkpoint of the run says how they were.
+
+    timm's ``resolve_model_data_config`` tells afterwards.
+    """
+    model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), **checkpoint.get("data_config", {})}
 
 
 def cosine_schedule(
@@ -184,7 +198,7 @@ def create_model(
     model_args: dict[str, Any] | None = None,
     pretrained: bool = False,
     checkpoint: str | None = None,
-) -> torch.nn.Module:
+) -> nn.Module:
     """``timm.create_model``, with a suggestion for a misspelt name and weights from a local file."""
     if ":" not in model_name and not timm.is_model(model_name):  # "hf-hub:..." names are resolved by timm
         close = difflib.get_close_matches(model_name, timm.list_models(), n=3)

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -101,6 +102,7 @@ class SaveProgress(Checkpoint):
         self.saved_step = 0
         self.saved_time = monotonic()
         self.terminated = False
+        self.asked: Callable[[], bool] | None = None  # whether any of several processes was
         self.restored: list[dict[str, Any]] = []
         self.kept: dict[str, Any] | None = None  # the random states before a validation
 
@@ -133,6 +135,10 @@ class SaveProgress(Checkpoint):
             )
         self.restored = []
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.world_size > 1:
+            self.asked = ask_all(torch.full((), self.terminated, device=trainer.strategy.root_device))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -140,7 +146,7 @@ class SaveProgress(Checkpoint):
         if validation_follows(trainer):  # resuming from here would leave it out
             self.kept = random_states()
         elif not inside_step(trainer):
-            terminated = self._agreed(trainer, self.terminated)
+            terminated = self.asked() if self.asked else self.terminated
             if terminated or self._due(trainer):
                 self.save(trainer)
             if terminated:
@@ -290,6 +296,7 @@ class SkipNonFinite(Callback):
         self.max_skipped = max_skipped
         self.skipped = 0
         self.losses: list[tuple[int, Tensor]] = []  # of the batches of this step
+        self.asked: Callable[[], bool] | None = None  # whether one of them is not finite, in any process
         self.statistics: list[Tensor] = []
         self.kept: list[Tensor] = []
 
@@ -310,12 +317,13 @@ class SkipNonFinite(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.losses.append((trainer.fit_loop.batch_idx, loss.detach()))
+        if not inside_step(trainer):
+            self.asked = ask_all(~torch.stack([loss.isfinite().all() for _, loss in self.losses]).all())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         losses, self.losses = self.losses, []
-        # One number for all losses, because reading it makes the CPU wait for the GPU.
-        bad = torch.stack([~loss.isfinite().all() for _, loss in losses]).any().float()
-        if not trainer.strategy.reduce(bad, reduce_op="sum"):
+        asked, self.asked = self.asked, None
+        if asked is None or not asked():
             return
         self.skipped += 1
         optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients
@@ -334,6 +342,38 @@ class SkipNonFinite(Callback):
                 f"stopped, because the loss was not finite in {self.skipped} steps; the warnings above name the "
                 "batches. A lower learning rate, longer warm-up or gradient clipping may help"
             )
+
+
+def ask_all(flag: Tensor) -> Callable[[], bool]:
+    """Ask whether ``flag``, one boolean, is true in any process. The answer comes from what is returned.
+
+    Between the two the CPU can give the GPU more to do: the answer waits for what was queued before the question only.
+    """
+    flag, work = flag.to(torch.uint8), None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
+    if flag.device.type != "cuda":
+
+        def answer() -> bool:
+            if work is not None:
+                work.wait()
+            return bool(flag)
+
+        return answer
+    stream = torch.cuda.Stream(flag.device)
+    stream.wait_stream(torch.cuda.current_stream(flag.device))
+    with torch.cuda.stream(stream):
+        if work is not None:
+            work.wait()  # makes this stream wait, and nothing else
+        copy = flag.to("cpu", non_blocking=True)
+        done = stream.record_event()
+    flag.record_stream(stream)
+
+    def answer_of_gpu() -> bool:
+        done.synchronize()
+        return bool(copy)
+
+    return answer_of_gpu
 
 
 def image_names(trainer: Trainer, batch: int) -> str:

@@ -1,5 +1,7 @@
 """Handwritten digits that come with scikit-learn: real scans, no download."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,13 @@ class Digits(LightningDataModule):
         self.train_set = LabelledImages(images, labels, train, transform)
         self.val_set = LabelledImages(images, labels, val)
         self.predict_set = NamedImages(images, val)
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What the images are like, in timm's terms."""
+        channels, *size = self.val_set.images.shape[1:]
+        normal = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+        return {"input_size": (channels, *size), **normal, "interpolation": "bilinear", "crop_pct": 1.0}
 
     def train_dataloader(self) -> DataLoader:
         return TrainLoader(self.train_set, self.batch_size, drop_last=True)

@@ -96,12 +96,18 @@ class ImageData(LightningDataModule):
                 named=split == "predict",
             )
 
-    def make_transform(self, training: bool = False) -> Callable[[Image.Image], Tensor]:
-        """timm's transform for training or evaluating the model at hand."""
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """Input size, mean, standard deviation, crop and interpolation of the images given, in timm's terms."""
         config = dict(getattr(self.trainer.lightning_module if self.trainer else None, "data_config", {}))
         if self.image_size is not None:
             config["input_size"] = (3, self.image_size, self.image_size)
         config.setdefault("input_size", (3, 224, 224))
+        return config
+
+    def make_transform(self, training: bool = False) -> Callable[[Image.Image], Tensor]:
+        """timm's transform for training or evaluating the model at hand."""
+        config = self.data_config
         if training:
             config |= {"is_training": True, "auto_augment": self.auto_augment, "re_prob": self.random_erasing}
         transform = create_transform(**config)
