@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def register_gradient(name: str, forward: Callable, backward: Callable, inputs: int, differentiable: int = 1) -> None:
+def register_gradient(
+    name: str, forward: Callable, backward: Callable, inputs: int, differentiable: int = 1
+) -> Callable:
     """Make `zoo::{name}_backward` the gradient of `zoo::{name}`.
 
-    What `torch.library.register_autograd` does, without its share of the time of a small call, which is half.
+    What `torch.library.register_autograd` does, without its share of the time of a small call, which is half. What is
+    returned calls the operator without the dispatcher, another third, unless something has to see that.
 
     Args:
         name: That of the operator: `name(*inputs, *options)` returns a tuple of tensors, and `name_backward(*grads,
@@ -22,6 +25,9 @@ def register_gradient(name: str, forward: Callable, backward: Callable, inputs: 
         backward: What runs its gradient.
         inputs: How many of the arguments are inputs: tensors, the first always present, or None.
         differentiable: How many of the outputs have a gradient, the first of them always, the others perhaps None.
+
+    Returns:
+        A function of all arguments of the operator, those with defaults too.
     """
 
     def below_autograd(*arguments):
@@ -51,18 +57,32 @@ def register_gradient(name: str, forward: Callable, backward: Callable, inputs: 
             found = (None if x is None else grad for x, grad in zip(saved[:inputs], found))
             return *found, *(None for _ in ctx.options)
 
+    def differentiates(arguments) -> bool:
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:inputs])
+
     @torch.library.impl(f"zoo::{name}", "Autograd")
     def autograd(*arguments):
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:inputs]):
-            return Operator.apply(*arguments)
-        return below_autograd(*arguments)
+        return Operator.apply(*arguments) if differentiates(arguments) else below_autograd(*arguments)
+
+    # `Function.apply` but for what it does for transforms, which `watched` tells of.
+    apply = super(torch.autograd.Function, Operator).apply
+
+    def call(*arguments):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or watched(*arguments[:inputs]):
+            return getattr(torch.ops.zoo, name)(*arguments)
+        return apply(*arguments) if differentiates(arguments) else forward(*arguments)
+
+    return call
 
 
-def watched(x: Tensor) -> bool:
-    """Whether something has to see the operators that run on `x`: a mode, a transform, a kind of tensor."""
+_KINDS = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether something has to see the operators that run on these: a mode, a transform, a kind of tensor."""
     return (
-        x.is_meta
-        or type(x) not in (Tensor, torch.nn.Parameter)
+        any(type(x) not in _KINDS or (x is not None and x.is_neg()) for x in tensors)
+        or tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

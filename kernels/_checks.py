@@ -65,6 +65,10 @@ def check_bias(name: str, bias, query: Tensor, shape: tuple[int, ...], layout: s
 
 def pair(name: str, value, kind: type) -> tuple:
     """One value for both axes, or two, as a tuple. What a compiler knows as a symbol is an integer too."""
+    if type(value) is kind:  # first what is usual: calls are hot
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is kind and type(value[1]) is kind:
+        return value
     kinds = (int, SymInt) if kind is int else kind
     if isinstance(value, kinds) and (kind is bool or not isinstance(value, bool)):
         return value, value

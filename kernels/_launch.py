@@ -8,7 +8,8 @@ from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None  # once: calls are hot, and compilers cannot trace the search
 _MOST = 4096  # sets of arguments remembered
-_compiled: dict[tuple, object] = {}
+_PLAIN = frozenset({int, float, bool, tuple, type(None)})
+_compiled: dict[tuple, tuple] = {}
 
 
 def launch(kernel, programs: int, arguments: tuple, options: dict) -> None:
@@ -18,24 +19,25 @@ def launch(kernel, programs: int, arguments: tuple, options: dict) -> None:
     once for arguments that it compiles alike.
 
     Args:
-        kernel: A `triton.jit` function whose compile-time parameters come last.
+        kernel: A `triton.jit` function of a module, whose compile-time parameters come last.
         programs: Number of programs.
         arguments: What is not known at compile time, a tensor first: tensors, numbers, tuples of them, or None.
         options: Compile-time arguments by name, and how to compile.
     """
-    kinds = (
-        (argument.dtype, argument.data_ptr() % 16) if isinstance(argument, Tensor) else argument
-        for argument in arguments
-    )
-    key = kernel, arguments[0].get_device(), *options.values(), *kinds
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        constants = (options[name] for name in kernel.arg_names[len(arguments) :])
-        compiled[(programs, 1, 1)](*arguments, *constants)
+    device = arguments[0].get_device()
+    kinds = [x if type(x) in _PLAIN else (x.dtype, x.data_ptr() % 16) for x in arguments]
+    key = id(kernel), device, *options.values(), *kinds
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, constants = found
+        compiled[(programs, 1, 1)](*arguments, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
+        return
+    compiled = kernel[(programs,)](*arguments, **options)
+    if compiled is None:  # Triton's interpreter
         return
     if len(_compiled) >= _MOST:
         _compiled.clear()
-    _compiled[key] = kernel[(programs,)](*arguments, **options)  # nothing from Triton's interpreter
+    _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
 
 
 def device_of(x: Tensor):

@@ -110,6 +110,8 @@ BEST = {}  # kernel -> config
 def use(kernel: str, config: Config) -> None:
     """Make every launch of `kernel` take `config`, and those of others the best found so far."""
     tuning.config = lambda name, *_: config if name == kernel else BEST.get(name, DEFAULT)
+    fused._walk.cache_clear()
+    fused._sums.cache_clear()
 
 
 def compile_one(job) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.kernels._checks import check_backend, check_bias, check_map, check_tensors, resolve_scale
@@ -72,7 +71,7 @@ def halo_attention_2d(
         return reference.halo_attention_2d(*arguments)
     if backend == "triton" and (obstacle := ops.why_not_triton(query, value)) is not None:
         raise ValueError(f"backend='triton' {obstacle}")
-    return torch.ops.zoo.halo_attention_2d(*arguments, backend)[0]
+    return ops.halo_attention_2d(*arguments, backend)[0]
 
 
 def _check_geometry(block_size, halo_size, stride) -> None:

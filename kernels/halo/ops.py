@@ -78,4 +78,4 @@ def _backward_fake(grad_out, query, key, value, rel_height, rel_width, *_):
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-register_gradient("halo_attention_2d", _forward, _backward, inputs=5)
+halo_attention_2d = register_gradient("halo_attention_2d", _forward, _backward, inputs=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -62,17 +64,22 @@ def backward_kernel(
     tl.store(to + DIM, tl.sum(d_bias, 0), mask=d < DIM)
 
 
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Of contiguous `x`, in `dtype`."""
+    out = torch.empty_like(x, dtype=dtype)
+    rows, options = _tiles(x)
+    launch(forward_kernel, triton.cdiv(rows, options["R"]), (x, weight, bias, out, rows, eps), options)
+    return out
+
+
 class LayerNorm(torch.autograd.Function):
-    """Of contiguous `x`, weight, bias, eps and the dtype of the output."""
+    """`forward` with gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        out = x.new_empty(x.shape, dtype=dtype)
-        rows, options = _tiles(x)
-        launch(forward_kernel, triton.cdiv(rows, options["R"]), (x, weight, bias, out, rows, eps), options)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return out
+        return forward(x, weight, bias, eps, dtype)
 
     @staticmethod
     @once_differentiable
@@ -91,5 +98,10 @@ class LayerNorm(torch.autograd.Function):
 def _tiles(x: Tensor) -> tuple[int, dict]:
     """Number of tokens, and how the kernels hold them."""
     dim = x.shape[-1]
+    return x.numel() // dim, _options(dim)
+
+
+@lru_cache
+def _options(dim: int) -> dict:
     block = triton.next_power_of_2(dim)
-    return x.numel() // dim, {"DIM": dim, "R": max(1, TILE // block), "D": block, "num_warps": 4}
+    return {"DIM": dim, "R": max(1, TILE // block), "D": block, "num_warps": 4}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.kernels.neighborhood import dense, ops, reference
@@ -26,5 +25,5 @@ def attend(inputs, geometry, scale: float, return_lse: bool, backend: str) -> Te
         out, lse = reference.neighborhood_attention_2d(*inputs[:3], *geometry, *inputs[3:], scale)
     else:
         *geometry, radius = geometry
-        out, lse = torch.ops.zoo.neighborhood_attention_2d(*inputs, *geometry, scale, radius, backend)
+        out, lse = ops.neighborhood_attention_2d(*inputs, *geometry, scale, radius, backend)
     return (out, lse) if return_lse else out

@@ -151,4 +151,6 @@ def _backward_fake(grad_out, grad_lse, query, key, value, rel_pos_bias, extra_ke
     return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
-register_gradient("neighborhood_attention_2d", _forward, _backward, inputs=6, differentiable=2)
+neighborhood_attention_2d = register_gradient(
+    "neighborhood_attention_2d", _forward, _backward, inputs=6, differentiable=2
+)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.kernels._checks import check_backend, check_maps, positive_pair, resolve_scale
 from zoo.kernels.neighborhood.ops import takes_triton, why_not_triton
-from zoo.kernels.routing import ops, reference, regions  # noqa: F401  (ops registers the operator)
+from zoo.kernels.routing import ops, reference, regions
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
 
@@ -78,4 +77,4 @@ def routing_attention_2d(
     if backend == "triton" and (obstacle := why_not_triton(query)) is not None:
         raise ValueError(f"backend='triton' {obstacle}")
     fused = takes_triton(query, backend)
-    return torch.ops.zoo.routing_attention_2d(query, key, value, *options, "triton" if fused else "tiled")[0]
+    return ops.routing_attention_2d(query, key, value, *options, "triton" if fused else "tiled")[0]

@@ -85,4 +85,4 @@ def _backward_fake(grad_out, query, key, value, *_):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
-register_gradient("routing_attention_2d", _forward, _backward, inputs=3)
+routing_attention_2d = register_gradient("routing_attention_2d", _forward, _backward, inputs=3)

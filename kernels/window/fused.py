@@ -5,7 +5,6 @@ One program holds a whole window, so that its backward pass makes the gradients 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zoo.kernels.neighborhood import ops
@@ -48,7 +47,7 @@ def window_attention_2d(
     else:
         query = windows(query)
     geometry = window_size, (1, 1), (1, 1), (False, False)  # no dilation, no stride, not causal
-    out, _ = torch.ops.zoo.neighborhood_attention_2d(
+    out, _ = ops.neighborhood_attention_2d(
         query, windows(key), windows(value), rel_pos_bias, None, None, *geometry, scale, 0, "triton"
     )
     if across > 1:

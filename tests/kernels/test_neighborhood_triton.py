@@ -55,6 +55,7 @@ def expect(inputs, geometry, grad_out, grad_lse, scale):
 def small_tiles(monkeypatch):
     """Tiles and blocks that small maps fill, and that the interpreter walks in little time."""
     triton._walk.cache_clear()
+    triton._sums.cache_clear()
     monkeypatch.setattr(tuning, "config", lambda *_: Config(4, 4, 4, 4, 4, 1))
     monkeypatch.setattr(triton, "BIAS_PROGRAMS", 8)
 
@@ -138,13 +139,16 @@ def test_a_key_that_no_query_sees_does_not_leak(bad):
 
 def test_extreme_logits_and_every_element_written(monkeypatch):
     inputs, geometry = make(CASES["smaller than a tile"])
-    empty = torch.Tensor.new_empty
 
-    def poisoned(*args, **kwargs):
-        x = empty(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-1)
+    def poisoned(empty):
+        def call(*args, **kwargs):
+            x = empty(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-1)
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+        return call
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     for scale in (1e4, -1e4):
         out, lse = triton.forward(*inputs, geometry, scale)
         exact, _, _ = expect(inputs, geometry, out, lse, scale)

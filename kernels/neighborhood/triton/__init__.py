@@ -75,6 +75,11 @@ class _Signature(NamedTuple):
         """Whether the kernels keep to the precision of float32 rather than to the GPU's fastest instructions."""
         return self.dtype == torch.float32
 
+    @property
+    def span(self) -> int:
+        """Most keys that a tile of 8 queries meets along an axis: what the best tile sizes depend on."""
+        return max(min(k + 7, -(-n // d)) for n, k, d in zip(self.shape[1:3], self.kernel_size, self.dilation))
+
 
 class _Walk(NamedTuple):
     """How one kernel goes over the map."""
@@ -104,8 +109,10 @@ def _tiles_of_rows(length, kernel_size, dilation, most, patterns, tile, plain) -
 
 
 @lru_cache(maxsize=1024)
-def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
+def _walk(s: _Signature, kernel: str) -> _Walk:
+    """How a kernel goes over the map, by the table of tile sizes."""
     batch, height, width, heads, dim = s.shape
+    config = tuning.config(kernel, s.span, dim, s.dtype, s.has_bias, s.device)
     of_keys = kernel == "key_value"
     # Windows that move by one with the query and shift at both borders. Others differ from tile to tile.
     borders = window.borders(s.is_causal, s.radius)
@@ -157,6 +164,46 @@ def _walk(s: _Signature, kernel: str, config: tuning.Config) -> _Walk:
     return _Walk(programs, tiles, layout, shared, unrolled, options, unroll_options)
 
 
+class _Sums(NamedTuple):
+    """How the gradient of the bias is summed up, and which gradients are made on the way."""
+
+    of_query: bool
+    of_key_value: bool
+    heads: int  # so many at a time
+    parts: int  # of the tiles, enough of them to fill the GPU
+    part_tiles: int  # of one row of patterns, at most
+    pairs: int  # of queries and keys in all blocks of a tile
+    options: dict
+    fold_options: dict
+
+
+@lru_cache(maxsize=1024)
+def _sums(s: _Signature, has_extra: bool) -> _Sums:
+    walk = _walk(s, "bias")
+    blocks, options, rows = math.prod(walk.layout[5:]), walk.options, len(walk.rows)
+    keys, tile = blocks * options["BLOCK_Y"] * options["BLOCK_X"], options["TILE_Y"] * options["TILE_X"]
+    # One program goes through all blocks of a tile where that is one block, or does not take too much of anything. In
+    # float32 the sum over out * d_out, which several blocks need, is not exact enough.
+    registers = keys * tile // (32 * options["num_warps"])
+    size = (options["num_stages"] - 1) * keys * (2 * options["BLOCK_D"] * s.dtype.itemsize + 4 * tile)
+    fits = registers <= SUM_REGISTERS and size <= SUM_BYTES and walk.unrolled is not None and not s.exact
+    whole = blocks == 1 and not has_extra and walk.tiles == (1, 1)
+    of_query = whole or (s.has_bias and not has_extra and (blocks == 1 or fits))
+
+    # Without a bias a part is one tile.
+    part_tiles = max(1, walk.programs * blocks // BIAS_PROGRAMS) if s.has_bias else 1
+    parts = sum(max(1, -(-tiles // part_tiles)) for tiles in walk.rows)
+    heads = s.shape[3]
+    if s.has_bias:
+        heads = max(1, min(heads, UNROLL_BYTES // (4 * keys * tile * parts)))
+    of = {"BLOCKS": blocks if of_query else 1, "QUERY": of_query, "KEY_VALUE": whole}
+    fold_options = {k: v for k, v in walk.unroll_options.items() if k not in ("OF_KEYS", "EXACT")}
+    # Pairs that `fold_kernel` adds up at a time: as many as a row of patterns has for one offset, on average.
+    block_p = min(max(triton.next_power_of_2(parts * options["TILE_X"] // rows), 16), 256)
+    fold_options |= {"BLOCK_P": block_p, "BLOCK_O": triton.next_power_of_2(2 * s.kernel_size[1] - 1)}
+    return _Sums(of_query, whole, heads, parts, part_tiles, keys * tile, of | options, fold_options)
+
+
 class _Problem:
     """Arguments that every kernel takes."""
 
@@ -173,14 +220,8 @@ class _Problem:
         if self.extra > 0:
             extra_key, extra_value = extra_key.unsqueeze(2), extra_value.unsqueeze(2)
             self.extras = extra_key, extra_key.stride(), extra_value, extra_value.stride()
-        # Most keys that a tile of 8 queries meets along an axis: what the best tile sizes depend on.
-        self.span = max(
-            min(k + 7, -(-n // d)) for n, k, d in zip((self.height, self.width), geometry[0], self.dilation)
-        )
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        self.signature = _Signature(
-            tuple(query.shape), *geometry, query.dtype, query.device, rel_pos_bias is not None, tf32
-        )
+        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.signature = _Signature(query.shape, *geometry, query.dtype, query.device, rel_pos_bias is not None, tf32)
 
     @property
     def shape(self):
@@ -188,9 +229,8 @@ class _Problem:
         return self.height, self.width, self.heads
 
     def walk(self, kernel: str) -> _Walk:
-        """How one kernel goes over the map, by the table of tile sizes."""
-        s = self.signature
-        return _walk(s, kernel, tuning.config(kernel, self.span, self.dim, s.dtype, s.has_bias, s.device))
+        """How one kernel goes over the map."""
+        return _walk(self.signature, kernel)
 
     def bias_arguments(self, walk: _Walk) -> tuple:
         """The bias as a kernel reads it, and its layout."""
@@ -210,7 +250,7 @@ class _Problem:
 def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale) -> tuple[Tensor, Tensor]:
     """Output like `query`, contiguous, and log-sum-exp [batch, height, width, heads] in float32."""
     p = _Problem(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale)
-    out = query.new_empty(query.shape)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
@@ -229,7 +269,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rel_pos_bias, extra_key and extra_value (None where there is none)."""
     p = _Problem(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale)
-    d_query, d_key, d_value = grads = tuple(query.new_empty(query.shape) for _ in range(3))
+    contiguous = torch.contiguous_format
+    d_query, d_key, d_value = grads = tuple(torch.empty_like(query, memory_format=contiguous) for _ in range(3))
     if d_query.numel() == 0:
         d_others = (None if x is None else torch.zeros_like(x) for x in (rel_pos_bias, extra_key, extra_value))
         return *grads, *d_others
@@ -248,27 +289,13 @@ def _query_and_bias_gradients(
     p: _Problem, out, lse, grad_out, grad_lse, shift, d_query, d_key, d_value
 ) -> tuple[Tensor | None, bool]:
     """Fills `d_query` and `shift`; returns the gradient of the bias, and whether `d_key` and `d_value` were filled."""
-    incoming = out, lse, grad_out, grad_lse, shift
-    walk = p.walk("bias")
-    whole = walk.layout[5:] == (1, 1) and p.extra == 0 and walk.tiles == (1, 1)
-    if whole or (p.bias is not None and p.extra == 0 and _takes_all_blocks(p, walk)):
-        return _bias_gradient(p, walk, *incoming, d_query, d_key, d_value, True, whole), whole
-    _query_gradient(p, *incoming, d_query)
-    if p.bias is None:
-        return None, False
-    return _bias_gradient(p, walk, *incoming, d_query, d_key, d_value, False, False), False
-
-
-def _takes_all_blocks(p: _Problem, walk: _Walk) -> bool:
-    """Whether one program can sum up the gradient of the bias for all blocks of a tile's keys."""
-    o, blocks = walk.options, math.prod(walk.layout[5:])
-    if blocks == 1:
-        return True
-    keys = blocks * o["BLOCK_Y"] * o["BLOCK_X"]
-    registers = keys * o["TILE_Y"] * o["TILE_X"] // (32 * o["num_warps"])
-    size = (o["num_stages"] - 1) * keys * (2 * o["BLOCK_D"] * p.query.element_size() + 4 * o["TILE_Y"] * o["TILE_X"])
-    # In float32 the sum over out * d_out, which such programs need, is not exact enough.
-    return walk.unrolled is not None and not o["EXACT"] and registers <= SUM_REGISTERS and size <= SUM_BYTES
+    sums = _sums(p.signature, p.extra > 0)
+    if not sums.of_query:
+        _query_gradient(p, out, lse, grad_out, grad_lse, shift, d_query)
+        if p.bias is None:
+            return None, False
+    d_bias = _bias_gradient(p, sums, out, lse, grad_out, grad_lse, shift, d_query, d_key, d_value)
+    return d_bias, sums.of_key_value
 
 
 def _query_gradient(p: _Problem, out, lse, grad_out, grad_lse, shift, d_query) -> None:
@@ -321,30 +348,21 @@ def _key_value_gradients(p: _Problem, lse, grad_out, shift, d_key, d_value) -> N
 
 
 def _bias_gradient(
-    p: _Problem, walk, out, lse, grad_out, grad_lse, shift, d_query, d_key, d_value, of_query: bool, of_key_value: bool
+    p: _Problem, sums: _Sums, out, lse, grad_out, grad_lse, shift, d_query, d_key, d_value
 ) -> Tensor | None:
-    """Gradient of the bias, if there is one. Also fills `d_query` and `shift`, or `d_key` and `d_value`, if asked."""
-    blocks = math.prod(walk.layout[5:])
-    options, rows = walk.options, len(walk.rows)
-    pairs = blocks * options["TILE_Y"] * options["TILE_X"] * options["BLOCK_Y"] * options["BLOCK_X"]
-    has_bias = p.bias is not None
-    unrolled = p.bias_arguments(walk)[0] if of_query and blocks > 1 else None
-    # Tiles are summed up in parts, enough of them to fill the GPU; without a bias a part is one tile.
-    part_tiles = max(1, walk.programs * blocks // BIAS_PROGRAMS) if has_bias else 1
-    parts = sum(max(1, -(-tiles // part_tiles)) for tiles in walk.rows)
-    some = p.heads
-    if has_bias:  # some heads at a time, if need be
-        some = max(1, min(p.heads, UNROLL_BYTES // (4 * pairs * parts)))
-        sums = lse.new_empty(p.heads, rows, options["TILE_Y"], *p.bias.shape[1:])
-    d_unrolled = lse.new_empty(parts if has_bias else 0, some, pairs)
+    """Gradient of the bias, if there is one. Also fills what else `sums` says."""
+    walk = p.walk("bias")
+    blocks, rows, has_bias = math.prod(walk.layout[5:]), len(walk.rows), p.bias is not None
+    unrolled = p.bias_arguments(walk)[0] if sums.of_query and blocks > 1 else None
+    d_unrolled = lse.new_empty(sums.parts if has_bias else 0, sums.heads, sums.pairs)
     starts = lse.new_empty(rows, dtype=torch.int32)
-    # Pairs that `fold_kernel` adds up at a time: as many as a row of patterns has for one offset, on average.
-    block_p = min(max(triton.next_power_of_2(parts * options["TILE_X"] // rows), 16), 256)
-    for first in range(0, p.heads, some):
-        some = min(some, p.heads - first)
+    if has_bias:
+        folded = lse.new_empty(p.heads, rows, walk.options["TILE_Y"], *p.bias.shape[1:])
+    for first in range(0, p.heads, sums.heads):
+        some = min(sums.heads, p.heads - first)
         launch(
             _bias.gradient_kernel,
-            some * parts * (1 if of_query else blocks),
+            some * sums.parts * (1 if sums.of_query else blocks),
             (
                 *p.inputs,
                 p.bias,
@@ -367,21 +385,31 @@ def _bias_gradient(
                 first,
                 some,
                 rows,
-                part_tiles,
+                sums.part_tiles,
                 p.scale,
             ),
-            {"BLOCKS": blocks if of_query else 1, "QUERY": of_query, "KEY_VALUE": of_key_value} | options,
+            sums.options,
         )
         if not has_bias:
             return None
-        unroll_options = {k: v for k, v in walk.unroll_options.items() if k not in ("OF_KEYS", "EXACT")}
         launch(
             _bias.fold_kernel,
-            some * rows * options["TILE_Y"] * p.bias.shape[1],
-            (d_unrolled, starts, sums[first:], walk.layout, p.height, p.width, *p.dilation, some, rows, parts),
-            {"BLOCK_P": block_p, "BLOCK_O": triton.next_power_of_2(p.bias.shape[2])} | unroll_options,
+            some * rows * walk.options["TILE_Y"] * p.bias.shape[1],
+            (
+                d_unrolled,
+                starts,
+                folded[first:],
+                walk.layout,
+                p.height,
+                p.width,
+                *p.dilation,
+                some,
+                rows,
+                sums.parts,
+            ),
+            sums.fold_options,
         )
-    return sums.sum((1, 2)).to(p.bias.dtype)
+    return folded.sum((1, 2)).to(p.bias.dtype)
 
 
 def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tensor, Tensor]:
