@@ -106,12 +106,12 @@ class AgentAttention(AdaptedLoading, nn.Module):
 
     def agent_bias(self, height: int, width: int) -> Tensor:
         """[heads, agents, keys] for a map of keys of this size."""
-        rows, cols = _resize_axis(self.ah_bias, 3, height)[0], _resize_axis(self.aw_bias, 4, width)[0]
+        rows, cols = _resize_axis(self.ah_bias, 3, height).squeeze(0), _resize_axis(self.aw_bias, 4, width).squeeze(0)
         return (_resize_map(self.an_bias, height, width) + rows + cols).flatten(2)
 
     def query_bias(self, height: int, width: int) -> Tensor:
         """[heads, queries, agents] for a map of queries of this size."""
-        rows, cols = _resize_axis(self.ha_bias, 2, height)[0], _resize_axis(self.wa_bias, 3, width)[0]
+        rows, cols = _resize_axis(self.ha_bias, 2, height).squeeze(0), _resize_axis(self.wa_bias, 3, width).squeeze(0)
         return (_resize_map(self.na_bias, height, width).permute(0, 2, 3, 1) + rows + cols).flatten(1, 2)
 
     def pool(self, query: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
-from zoo.backbones._backbone import Backbone, CheckpointedBlock, before_product, get_norm_layer
+from zoo.backbones._backbone import Backbone, CheckpointedBlock, any_padding, before_product, get_norm_layer
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels._symbols import ceil_div, crop
 
@@ -89,10 +89,12 @@ class StripeBranch(nn.Module):
         rows = min(self.rows, height) if self.rows > 0 else height
         cols = min(self.cols, width) if self.cols > 0 else width
         down, across = ceil_div(height, rows), ceil_div(width, cols)
+        pad_h, pad_w = down * rows - height, across * cols - width
 
         stripes: list[Tensor] = []
         for x in (query, key, value):
-            x = F.pad(x, (0, 0, 0, across * cols - width, 0, down * rows - height))
+            if any_padding(pad_h, pad_w):
+                x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
             x = x.unflatten(2, (across, cols)).unflatten(1, (down, rows)).transpose(2, 3)
             stripes.append(x.flatten(0, 2))  # [batch * stripes, rows, cols, dim]
         query, key, value = [x.flatten(1, 2).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in stripes]

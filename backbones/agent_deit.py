@@ -81,8 +81,8 @@ class AgentTokenAttention(AgentAttention):
         """
         query, key, value = self.qkv(x).chunk(3, -1)
         agent = self.pool(query[:, 1:].unflatten(1, (height, width)))
-        agent_bias = torch.cat([self.ac_bias[0], self.agent_bias(height, width)], 2)
-        query_bias = torch.cat([self.ca_bias[0], self.query_bias(height, width)], 1)
+        agent_bias = torch.cat([self.ac_bias.squeeze(0), self.agent_bias(height, width)], 2)
+        query_bias = torch.cat([self.ca_bias.squeeze(0), self.query_bias(height, width)], 1)
         out = self.attend(query, key, value, agent, agent_bias, query_bias)
         local = self.dwc(value[:, 1:].unflatten(1, (height, width))).flatten(1, 2)
         return self.proj_drop(self.proj(out + F.pad(local, (0, 0, 1, 0))))

@@ -32,7 +32,7 @@ from zoo.backbones._agent import (
     check_stages,
     map_sizes,
 )
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock, get_norm_layer
+from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock, any_padding, get_norm_layer
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels._symbols import ceil_div
 
@@ -82,7 +82,9 @@ class AgentReducedAttention(AgentAttention):
         source = x
         if self.sr is not None and self.norm is not None:
             rows, cols = ceil_div(height, self.sr_ratio), ceil_div(width, self.sr_ratio)
-            source = F.pad(x, (0, 0, 0, cols * self.sr_ratio - width, 0, rows * self.sr_ratio - height))
+            pad_h, pad_w = rows * self.sr_ratio - height, cols * self.sr_ratio - width
+            if any_padding(pad_h, pad_w):
+                source = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
             source = self.norm(self.sr(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         key, value = self.kv(source).chunk(2, -1)
         x = self.attend_map(self.q(x), key, value)

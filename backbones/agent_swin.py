@@ -22,7 +22,15 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, Stage, Stages, TransformerBlock, get_norm_layer
+from zoo.backbones._backbone import (
+    Backbone,
+    PaddedPatchEmbed,
+    Stage,
+    Stages,
+    TransformerBlock,
+    any_padding,
+    get_norm_layer,
+)
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.backbones.gc_vit import WindowAttention
 from zoo.kernels import window_attention_2d
@@ -112,7 +120,9 @@ class ShiftedWindowAttention(WindowAttention):
         shift = (min(self.shift, self.shift * (height - window[0])), min(self.shift, self.shift * (width - window[1])))
         # Whole windows, of which an exporter sees that there is one at least
         down, across = (height - 1) // window[0] + 1, (width - 1) // window[1] + 1
-        x = F.pad(x, (0, 0, 0, across * window[1] - width, 0, down * window[0] - height))
+        pad_h, pad_w = down * window[0] - height, across * window[1] - width
+        if any_padding(pad_h, pad_w):
+            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
 
         cut_h, cut_w = self.window_size[0] - window[0], self.window_size[1] - window[1]

@@ -36,12 +36,14 @@ def _check_heads(dim: int, num_heads: int) -> None:
         raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
 
 
-def _route(qkv: Tensor, region_size: tuple[int, int], topk: int, scale: float) -> Tensor:
-    """[batch, height, width, 3, heads, head_dim] -> [batch, height, width, heads, head_dim]"""
+def _route(qkv: Tensor, region_size: tuple[int, int], topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    """[batch, height, width, 3, heads, head_dim] -> output and values, [batch, height, width, heads * head_dim]"""
     query, key, value = qkv.unbind(3)
     if torch.jit.is_scripting():
-        return torch.ops.zoo.routing_attention_2d(query, key, value, region_size, topk, scale)[0]
-    return routing_attention_2d(query, key, value, region_size, topk, scale=scale)
+        out = torch.ops.zoo.routing_attention_2d(query, key, value, region_size, topk, scale)[0]
+    else:
+        out = routing_attention_2d(query, key, value, region_size, topk, scale=scale)
+    return out.flatten(3), value.flatten(3)
 
 
 @register_notrace_module  # pads by the size of the map, which fx cannot follow
@@ -84,8 +86,7 @@ class RoutingAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
 
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        x = _route(qkv, region_size, self.topk, self.scale).flatten(3)
-        value = qkv[:, :, :, 2].flatten(3)
+        x, value = _route(qkv, region_size, self.topk, self.scale)
         x = x + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
         if any_padding(pad_h, pad_w):
@@ -121,11 +122,9 @@ class RoutingAttention2d(nn.Module):
         rows, cols = max(1, height // self.n_win), max(1, width // self.n_win)
         regions = ((height + rows - 1) // rows) * ((width + cols - 1) // cols)
 
-        x = self.qkv_linear(x)
-        qkv = x.permute(0, 2, 3, 1).unflatten(-1, (3, self.num_heads, -1))
-        out = _route(qkv, (rows, cols), min(self.topk, regions), self.scale).flatten(3)
-        value = x[:, 2 * out.shape[3] :]
-        return self.output_linear(out.permute(0, 3, 1, 2) + self.lepe(value))
+        qkv = self.qkv_linear(x).permute(0, 2, 3, 1).unflatten(-1, (3, self.num_heads, -1))
+        x, value = [y.permute(0, 3, 1, 2) for y in _route(qkv, (rows, cols), min(self.topk, regions), self.scale)]
+        return self.output_linear(x + self.lepe(value))
 
 
 class FullAttention(nn.Module):

@@ -102,6 +102,8 @@ class HaloAttention(HaloAttn):
             pad_w = blocks_w * (self.block_size // self.block_stride) - width
             query = F.pad(query, (0, 0, 0, 0, 0, pad_w, 0, pad_h))
 
+        # Tokens in a row, where a convolution leaves channels so: once, for the kernels of both directions.
+        query, key_value = query.contiguous(), key_value.contiguous()
         key, value = key_value.split([self.dim_head_qk, self.dim_head_v], dim=-1)
         rel_height, rel_width = self.pos_embed.height_rel, self.pos_embed.width_rel
         if self.scale_pos_embed:

@@ -37,16 +37,24 @@ def join(x: Tensor, height: int, width: int, region_size: tuple[int, int]) -> Te
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
+def _divides(region_size: tuple[int, int], height: int, width: int) -> bool:
+    """Whether every region is full."""
+    return height % region_size[0] == 0 and width % region_size[1] == 0
+
+
 def _tokens(height: int, width: int, region_size: tuple[int, int], like: Tensor) -> int | Tensor:
     """How many tokens of the map a region holds: one number if all hold as many, else [regions, 1]."""
-    if height % region_size[0] == 0 and width % region_size[1] == 0:
+    if _divides(region_size, height, width):
         return region_size[0] * region_size[1]
     return cut(like.new_ones(1, height, width), region_size).sum((2, 4)).view(-1, 1)
 
 
 def means(x: Tensor, region_size: tuple[int, int]) -> Tensor:
     """[batch, height, width, heads, dim] -> [batch, regions, heads * dim], float32 or better, without the filling."""
-    total = cut(x, region_size).sum((2, 4), dtype=torch.promote_types(x.dtype, torch.float32)).flatten(3).flatten(1, 2)
+    pieces, dtype = cut(x, region_size), torch.promote_types(x.dtype, torch.float32)
+    if _divides(region_size, x.shape[1], x.shape[2]):
+        return pieces.mean((2, 4), dtype=dtype).flatten(3).flatten(1, 2)
+    total = pieces.sum((2, 4), dtype=dtype).flatten(3).flatten(1, 2)
     return total / _tokens(x.shape[1], x.shape[2], region_size, total)
 
 

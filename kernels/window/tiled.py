@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels._symbols import is_symbol
-from zoo.kernels.neighborhood.dense import dense_bias
+from zoo.kernels.window.bias import pair_bias
 
 
 def window_attention_2d(
@@ -29,7 +29,7 @@ def window_attention_2d(
     if is_shared(query, key):
         query = query.repeat(1, height // rows, width // cols, 1, 1)
     shifted = is_symbol(shift[0]) or is_symbol(shift[1]) or shift[0] > 0 or shift[1] > 0
-    bias = None if rel_pos_bias is None else dense_bias(rel_pos_bias, rows, cols, query.dtype)
+    bias = None if rel_pos_bias is None else pair_bias(rel_pos_bias, rows, cols, query.dtype)
 
     # The fused kernels take [outer, inner, tokens, dim], with a mask that they broadcast along `outer`.
     if shifted:  # every window has a mask of its own

@@ -16,7 +16,8 @@ from operators import (
     random_inputs,
 )
 from zoo.kernels import neighborhood_attention_2d, window_attention_2d
-from zoo.kernels.window import api, fused, tiled
+from zoo.kernels.neighborhood.dense import dense_bias
+from zoo.kernels.window import api, fused, tiled, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "tiled"]
@@ -177,6 +178,21 @@ def test_triton_matches_reference(size, shared, bias):
     inputs = make((2, *size, 1, 12), (2, 3), shared=shared, bias=bias, dtype=torch.float32, device=DEVICE)
     fused, reference = (attend((2, 3), scale=0.4, backend=backend) for backend in ("triton", "reference"))
     assert_matches(fused, reference, inputs, 3e-6)
+
+
+@pytest.mark.parametrize("size", [(2, 3), (4, 4)])
+def test_bias_of_pairs_by_kernels(size):
+    """On memory as torch's attention wants it, and of the gradient that its padding leaves."""
+    (table,) = make((1, *size, 2, 1), size, dtype=torch.float32, device=DEVICE)[3:]
+    out = triton.DenseBias.apply(table, *size, torch.float32)
+    assert all(stride % 8 == 0 for stride in out.stride()[:-1])
+    tokens = size[0] * size[1]
+    weights = torch.randn(2, tokens, tokens + 5, device=DEVICE)[..., :tokens]
+    expected = dense_bias(table, *size, torch.float32)
+    assert out.equal(expected)
+    grads = [torch.autograd.grad(x, table, weights)[0] for x in (out, expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=2e-6)
+    assert triton.DenseBias.apply(table, *size, torch.float16).equal(expected.half())
 
 
 def test_windows_below_each_other_are_a_batch(monkeypatch):

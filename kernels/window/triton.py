@@ -1,0 +1,76 @@
+"""The bias of all pairs of a window from its table, and back, in one kernel each. No sum is atomic."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.kernels._launch import launch
+
+ALIGNMENT = 16  # rows in memory start at multiples of it, or scaled_dot_product_attention would copy them there
+
+
+@triton.jit
+def spread_kernel(
+    table,  # [heads, 2 * ROWS - 1, 2 * COLS - 1], contiguous
+    bias,  # [heads, tokens, tokens], rows of `row` numbers
+    row,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """One program per query and head."""
+    TOKENS: tl.constexpr = ROWS * COLS
+    query, head = tl.program_id(0) % TOKENS, tl.program_id(0) // TOKENS
+    key = tl.arange(0, N)
+    dy, dx = key // COLS - query // COLS + ROWS - 1, key % COLS - query % COLS + COLS - 1
+    place = (head * (2 * ROWS - 1) + dy) * (2 * COLS - 1) + dx
+    values = tl.load(table + place, mask=key < TOKENS, other=0.0)
+    to = bias + (head * TOKENS + query).to(tl.int64) * row + key
+    tl.store(to, values.to(bias.dtype.element_ty), mask=key < TOKENS)
+
+
+@triton.jit
+def gather_kernel(
+    d_bias,  # [heads, tokens, tokens] of any strides
+    strides,
+    d_table,  # [heads, 2 * ROWS - 1, 2 * COLS - 1], contiguous
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """One program per number of the table, which adds up the pairs of that offset."""
+    HEIGHT: tl.constexpr = 2 * ROWS - 1
+    WIDTH: tl.constexpr = 2 * COLS - 1
+    offset, head = tl.program_id(0) % (HEIGHT * WIDTH), tl.program_id(0) // (HEIGHT * WIDTH)
+    query = tl.arange(0, N)
+    y, x = query // COLS + offset // WIDTH - ROWS + 1, query % COLS + offset % WIDTH - COLS + 1
+    inside = (query < ROWS * COLS) & (y >= 0) & (y < ROWS) & (x >= 0) & (x < COLS)
+    place = head.to(tl.int64) * strides[0] + query.to(tl.int64) * strides[1] + (y * COLS + x) * strides[2]
+    total = tl.sum(tl.load(d_bias + place, mask=inside, other=0.0).to(tl.float32), 0)
+    tl.store(d_table + tl.program_id(0), total.to(d_table.dtype.element_ty))
+
+
+class DenseBias(torch.autograd.Function):
+    """`dense_bias` of a contiguous table, on a GPU."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        heads, tokens = table.shape[0], rows * cols
+        row = triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT
+        bias = table.new_empty(heads, tokens, row, dtype=dtype)
+        ctx.table = table.shape, table.dtype
+        ctx.options = {"ROWS": rows, "COLS": cols, "N": triton.next_power_of_2(tokens)}
+        launch(spread_kernel, heads * tokens, (table, bias, row), ctx.options)
+        return bias[..., :tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_bias: Tensor):
+        shape, dtype = ctx.table
+        d_table = d_bias.new_empty(shape, dtype=dtype)
+        launch(gather_kernel, d_table.numel(), (d_bias, d_bias.stride(), d_table), ctx.options)
+        return d_table, None, None, None
