@@ -27,6 +27,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
@@ -266,11 +267,11 @@ def settle() -> None:
     inductor.autotune_local_cache = False  # what was fastest among other processes is not known
 
 
-def settle_worker() -> None:
-    """The same in one of many processes."""
+def settle_worker(cores: int) -> None:
+    """The same in one of many processes, which has so many cores to itself."""
     settle()
-    inductor.compile_threads = 1
-    torch.set_num_threads(1)
+    inductor.compile_threads = cores
+    torch.set_num_threads(cores)
 
 
 def compile_one(work: tuple[Job, str, str]) -> str:
@@ -300,7 +301,8 @@ def compile_all(work: list[tuple[Job, str, str]], workers: int, seconds: float) 
     end = time.time() + seconds
     # Training takes longest: first.
     work = sorted(work, key=lambda item: item[0].mode != "training")
-    with multiprocessing.get_context("spawn").Pool(workers, settle_worker) as pool:
+    cores = max(1, (os.cpu_count() or 1) // workers)
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(work)), settle_worker, (cores,)) as pool:
         results = pool.imap_unordered(compile_one, work)
         for done in range(len(work)):
             try:
