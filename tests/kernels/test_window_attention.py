@@ -205,7 +205,7 @@ def test_windows_below_each_other_are_a_batch(monkeypatch):
     assert {x.untyped_storage().data_ptr() for x in seen} == {qkv.untyped_storage().data_ptr()}
 
 
-def test_who_takes_triton():
+def test_who_takes_triton(monkeypatch):
     """Calls with small windows in half precision on a GPU."""
 
     def takes(window_size=7, dim=32, dtype=torch.bfloat16, shift=0, value_dim=32):
@@ -220,6 +220,8 @@ def test_who_takes_triton():
     assert not takes(shift=3)
     assert not takes(value_dim=64)
     assert not api._takes_triton(*[torch.zeros(1, 7, 7, 1, 32).bfloat16()] * 2, (7, 7), (0, 0))
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    assert not takes()
 
 
 @pytest.mark.parametrize("bias", [True, False])
