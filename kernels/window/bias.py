@@ -28,7 +28,7 @@ def _by_triton(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tenso
     from zoo.kernels.window import triton
 
     with device_of(table):
-        return triton.DenseBias.apply(table.contiguous(), rows, cols, dtype)
+        return triton.DenseBias.apply(table, rows, cols, dtype)
 
 
 def _takes_triton(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> bool:

@@ -15,7 +15,8 @@ ALIGNMENT = 16  # rows in memory start at multiples of it, or scaled_dot_product
 
 @triton.jit
 def spread_kernel(
-    table,  # [heads, 2 * ROWS - 1, 2 * COLS - 1], contiguous
+    table,  # [heads, 2 * ROWS - 1, 2 * COLS - 1] of any strides
+    strides,
     bias,  # [heads, tokens, tokens], rows of `row` numbers
     row,
     ROWS: tl.constexpr,
@@ -27,7 +28,7 @@ def spread_kernel(
     query, head = tl.program_id(0) % TOKENS, tl.program_id(0) // TOKENS
     key = tl.arange(0, N)
     dy, dx = key // COLS - query // COLS + ROWS - 1, key % COLS - query % COLS + COLS - 1
-    place = (head * (2 * ROWS - 1) + dy) * (2 * COLS - 1) + dx
+    place = head * strides[0] + dy * strides[1] + dx * strides[2]
     values = tl.load(table + place, mask=key < TOKENS, other=0.0)
     to = bias + (head * TOKENS + query).to(tl.int64) * row + key
     tl.store(to, values.to(bias.dtype.element_ty), mask=key < TOKENS)
@@ -55,7 +56,7 @@ def gather_kernel(
 
 
 class DenseBias(torch.autograd.Function):
-    """`dense_bias` of a contiguous table, on a GPU."""
+    """`dense_bias` on a GPU."""
 
     @staticmethod
     def forward(ctx, table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -64,7 +65,7 @@ class DenseBias(torch.autograd.Function):
         bias = table.new_empty(heads, tokens, row, dtype=dtype)
         ctx.table = table.shape, table.dtype
         ctx.options = {"ROWS": rows, "COLS": cols, "N": triton.next_power_of_2(tokens)}
-        launch(spread_kernel, heads * tokens, (table, bias, row), ctx.options)
+        launch(spread_kernel, heads * tokens, (table, table.stride(), bias, row), ctx.options)
         return bias[..., :tokens]
 
     @staticmethod

@@ -184,6 +184,7 @@ def test_triton_matches_reference(size, shared, bias):
 def test_bias_of_pairs_by_kernels(size):
     """On memory as torch's attention wants it, and of the gradient that its padding leaves."""
     (table,) = make((1, *size, 2, 1), size, dtype=torch.float32, device=DEVICE)[3:]
+    table = table.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()  # as models have it
     out = triton.DenseBias.apply(table, *size, torch.float32)
     assert all(stride % 8 == 0 for stride in out.stride()[:-1])
     tokens = size[0] * size[1]
