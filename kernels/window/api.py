@@ -98,6 +98,8 @@ def _takes_triton(key: Tensor, value: Tensor, window_size: tuple[int, int], shif
     """
     if not key.is_cuda or any(map(is_symbol, (*key.shape[1:3], *window_size))):
         return False
+    if torch.jit.is_tracing():  # which knows no operators with lists of bool
+        return False
     fits = max(window_size) <= 8 and key.element_size() <= 2 and key.shape[-1] <= 128
     return fits and fused.why_not_triton(key, value, shift) is None
 

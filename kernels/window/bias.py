@@ -27,8 +27,9 @@ def pair_bias(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor
 def _by_triton(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     from zoo.kernels.window import triton
 
+    needs_grad = torch.is_grad_enabled() and table.requires_grad
     with device_of(table):
-        return triton.DenseBias.apply(table.contiguous(), rows, cols, dtype)
+        return (triton.DenseBias.apply if needs_grad else triton.forward)(table, rows, cols, dtype)
 
 
 def _takes_triton(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> bool:

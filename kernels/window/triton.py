@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,8 @@ ALIGNMENT = 16  # rows in memory start at multiples of it, or scaled_dot_product
 
 @triton.jit
 def spread_kernel(
-    table,  # [heads, 2 * ROWS - 1, 2 * COLS - 1], contiguous
+    table,  # [heads, 2 * ROWS - 1, 2 * COLS - 1] of any strides
+    strides,
     bias,  # [heads, tokens, tokens], rows of `row` numbers
     row,
     ROWS: tl.constexpr,
@@ -27,7 +30,7 @@ def spread_kernel(
     query, head = tl.program_id(0) % TOKENS, tl.program_id(0) // TOKENS
     key = tl.arange(0, N)
     dy, dx = key // COLS - query // COLS + ROWS - 1, key % COLS - query % COLS + COLS - 1
-    place = (head * (2 * ROWS - 1) + dy) * (2 * COLS - 1) + dx
+    place = head * strides[0] + dy * strides[1] + dx * strides[2]
     values = tl.load(table + place, mask=key < TOKENS, other=0.0)
     to = bias + (head * TOKENS + query).to(tl.int64) * row + key
     tl.store(to, values.to(bias.dtype.element_ty), mask=key < TOKENS)
@@ -54,23 +57,32 @@ def gather_kernel(
     tl.store(d_table + tl.program_id(0), total.to(d_table.dtype.element_ty))
 
 
+def forward(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """`dense_bias` on a GPU."""
+    heads, tokens = table.shape[0], rows * cols
+    row = -(-tokens // ALIGNMENT) * ALIGNMENT
+    bias = table.new_empty(heads, tokens, row, dtype=dtype)
+    launch(spread_kernel, heads * tokens, (table, table.stride(), bias, row), _options(rows, cols))
+    return bias[..., :tokens]
+
+
 class DenseBias(torch.autograd.Function):
-    """`dense_bias` of a contiguous table, on a GPU."""
+    """`forward` with gradients."""
 
     @staticmethod
     def forward(ctx, table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        heads, tokens = table.shape[0], rows * cols
-        row = triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT
-        bias = table.new_empty(heads, tokens, row, dtype=dtype)
-        ctx.table = table.shape, table.dtype
-        ctx.options = {"ROWS": rows, "COLS": cols, "N": triton.next_power_of_2(tokens)}
-        launch(spread_kernel, heads * tokens, (table, bias, row), ctx.options)
-        return bias[..., :tokens]
+        ctx.of = table.shape, table.dtype, _options(rows, cols)
+        return forward(table, rows, cols, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_bias: Tensor):
-        shape, dtype = ctx.table
+        shape, dtype, options = ctx.of
         d_table = d_bias.new_empty(shape, dtype=dtype)
-        launch(gather_kernel, d_table.numel(), (d_bias, d_bias.stride(), d_table), ctx.options)
+        launch(gather_kernel, d_table.numel(), (d_bias, d_bias.stride(), d_table), options)
         return d_table, None, None, None
+
+
+@lru_cache
+def _options(rows: int, cols: int) -> dict:
+    return {"ROWS": rows, "COLS": cols, "N": triton.next_power_of_2(rows * cols)}

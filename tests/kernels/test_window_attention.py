@@ -184,6 +184,7 @@ def test_triton_matches_reference(size, shared, bias):
 def test_bias_of_pairs_by_kernels(size):
     """On memory as torch's attention wants it, and of the gradient that its padding leaves."""
     (table,) = make((1, *size, 2, 1), size, dtype=torch.float32, device=DEVICE)[3:]
+    table = table.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()  # as models have it
     out = triton.DenseBias.apply(table, *size, torch.float32)
     assert all(stride % 8 == 0 for stride in out.stride()[:-1])
     tokens = size[0] * size[1]
@@ -205,7 +206,7 @@ def test_windows_below_each_other_are_a_batch(monkeypatch):
     assert {x.untyped_storage().data_ptr() for x in seen} == {qkv.untyped_storage().data_ptr()}
 
 
-def test_who_takes_triton():
+def test_who_takes_triton(monkeypatch):
     """Calls with small windows in half precision on a GPU."""
 
     def takes(window_size=7, dim=32, dtype=torch.bfloat16, shift=0, value_dim=32):
@@ -220,6 +221,8 @@ def test_who_takes_triton():
     assert not takes(shift=3)
     assert not takes(value_dim=64)
     assert not api._takes_triton(*[torch.zeros(1, 7, 7, 1, 32).bfloat16()] * 2, (7, 7), (0, 0))
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    assert not takes()
 
 
 @pytest.mark.parametrize("bias", [True, False])
