@@ -92,10 +92,14 @@ class RecipeCLI(LightningCLI):
         # "best", "last" and "hpc" are Lightning's keywords; addresses such as s3:// are Lightning's to open.
         if path and path not in ("best", "last", "hpc") and "://" not in path:
             self.checkpoint = read_lightning_checkpoint(path)
-            asked = self.config[self.config.subcommand].model.get("init_args", {}).get("model_name")
+            model = self.config[self.config.subcommand].model.get("init_args", {})
+            asked = model.get("model_name")
             held = self.checkpoint.get("hyper_parameters", {}).get("model_name")
             if asked and held and asked != held:  # Lightning would quietly run the checkpoint's model instead
                 raise UserError(f"{path} holds a {held}, but the configuration asks for {asked}")
+            for name, none in (("pretrained", False), ("checkpoint", None)):
+                if name in model:  # the checkpoint has all weights: no others are needed, or fetched
+                    model[name] = none
 
     def before_instantiate_classes(self) -> None:
         # Checkpoints are never unpickled beyond tensors and plain values.

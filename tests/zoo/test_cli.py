@@ -311,7 +311,8 @@ def test_fit_validate_predict(capsys, monkeypatch, tmp_path):
     assert (run / "checkpoints" / "best.ckpt").is_file()
     last = run / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4  # of the last epoch, not of the best
-    assert main(["validate", *base, "--ckpt_path", str(last), "--trainer.limit_val_batches", "1"]) == 0
+    published = ["--model.pretrained", "true"]  # of which there are none: a checkpoint needs no other weights
+    assert main(["validate", *base, *published, "--ckpt_path", str(last), "--trainer.limit_val_batches", "1"]) == 0
     assert "val_top1" in capsys.readouterr().out
 
     assert main(["predict", *base, "--ckpt_path", "last", "--trainer.limit_predict_batches", "2"]) == 0
@@ -323,5 +324,7 @@ def test_fit_validate_predict(capsys, monkeypatch, tmp_path):
     assert main(["validate", *base, "--model.model_name", "test_vit", "--ckpt_path", "last"]) == 2
     assert "do not fit the model" in capsys.readouterr().err
     other = [*base, "--model.model_name", "test_vit", "--ckpt_path", str(last)]
+    assert main(["validate", *base, *published]) == 2
+    assert "No pretrained weights exist for test_dinat" in capsys.readouterr().err
     assert main(["validate", *other]) == 2
     assert "last.ckpt holds a test_dinat, but the configuration asks for test_vit" in capsys.readouterr().err
