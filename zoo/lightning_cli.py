@@ -14,7 +14,7 @@ from zoo.errors import UserError
 from zoo.evaluation import WritePredictions
 from zoo.recipes import resolve_recipes
 from zoo.report import Report
-from zoo.task import Classification
+from zoo.task import Classification, expect_data
 from zoo.training import SIGTERM_STATUS, GlobalBatchSize, SaveProgress, SkipNonFinite, find_last_checkpoint
 
 
@@ -138,6 +138,8 @@ class RecipeCLI(LightningCLI):
             self.checkpoint = read_lightning_checkpoint(path) if path and path.is_file() else None
         if self.checkpoint is not None and self.model.strict_loading:
             check_fits(self.checkpoint, self.model, config["ckpt_path"])
+        if self.checkpoint is not None and self.subcommand != "fit" and isinstance(self.model, Classification):
+            expect_data(self.model.model, self.checkpoint)  # now, because the data ask the model
         self.checkpoint = None
 
     def fit(self, **kwargs: Any) -> None:
