@@ -330,6 +330,13 @@ def test_fit_validate_predict(capsys, monkeypatch, tmp_path):
     assert main(["validate", *other]) == 2
     assert "last.ckpt holds a test_dinat, but the configuration asks for test_vit" in capsys.readouterr().err
 
+    shards = tmp_path / "shards.ckpt"
+    shards.mkdir()
+    (shards / ".metadata").touch()
+    for command in (["validate", *base, "--ckpt_path"], ["export", "--format", "onnx", "--output", "x.onnx"]):
+        assert main([*command, str(shards)]) == 2
+        assert "shards.ckpt is a folder of shards" in capsys.readouterr().err
+
 
 def test_images_are_prepared_as_in_the_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
