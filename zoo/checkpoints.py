@@ -24,6 +24,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: The file is missing, truncated, or not a checkpoint.
     """
     path = Path(path)
+    if is_sharded(path):
+        raise UserError(
+            f"checkpoint {path} is a folder of shards, which only --ckpt_path with their own strategy reads; with "
+            "save_distributed_checkpoint: false it saves files"
+        )
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist or is not a file")
     try:
@@ -45,6 +50,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary of weights")
     return checkpoint
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether it is a folder into which the processes of a sharded strategy saved their parts, each of them."""
+    return (Path(path) / ".metadata").is_file()  # written last
 
 
 def read_lightning_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo import __version__
 from zoo.backbones.biformer import RoutingAttention2d
+from zoo.checkpoints import is_sharded
 from zoo.classifier import load_trained
 from zoo.errors import UserError
 from zoo.lowering import written_out
@@ -80,7 +81,7 @@ def check_installed(format: str) -> None:
 def load_model(source: str, pretrained: bool = False, weights: str | None = None) -> tuple[str, nn.Module]:
     """Name and model, in eval mode and on the CPU, of a model's name or of a checkpoint of ``zoo fit``."""
     path = Path(source)
-    if not path.is_file():
+    if not path.is_file() and not is_sharded(path):
         if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors"):
             raise UserError(f"there is no file {source}; expected a model's name or a checkpoint of `zoo fit`")
         return source, create_model(source, None, None, pretrained, weights).eval()

@@ -8,13 +8,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from zoo.checkpoints import check_fits, read_lightning_checkpoint
+from zoo.checkpoints import check_fits, is_sharded, read_lightning_checkpoint
 from zoo.data import Digits, ImageFolder, ReportSkipped  # noqa: F401  (so that short class names resolve)
 from zoo.errors import UserError
 from zoo.evaluation import WritePredictions
 from zoo.recipes import resolve_recipes
 from zoo.report import Report
-from zoo.task import Classification
+from zoo.task import Classification, expect_data
 from zoo.training import SIGTERM_STATUS, GlobalBatchSize, SaveProgress, SkipNonFinite, find_last_checkpoint
 
 
@@ -90,12 +90,16 @@ class RecipeCLI(LightningCLI):
         self.checkpoint = None
         path = self.config[self.config.subcommand].get("ckpt_path")
         # "best", "last" and "hpc" are Lightning's keywords; addresses such as s3:// are Lightning's to open.
-        if path and path not in ("best", "last", "hpc") and "://" not in path:
+        if path and path not in ("best", "last", "hpc") and "://" not in path and not is_sharded(path):
             self.checkpoint = read_lightning_checkpoint(path)
-            asked = self.config[self.config.subcommand].model.get("init_args", {}).get("model_name")
+            model = self.config[self.config.subcommand].model.get("init_args", {})
+            asked = model.get("model_name")
             held = self.checkpoint.get("hyper_parameters", {}).get("model_name")
             if asked and held and asked != held:  # Lightning would quietly run the checkpoint's model instead
                 raise UserError(f"{path} holds a {held}, but the configuration asks for {asked}")
+            for name, none in (("pretrained", False), ("checkpoint", None)):
+                if name in model:  # the checkpoint has all weights: no others are needed, or fetched
+                    model[name] = none
 
     def before_instantiate_classes(self) -> None:
         # Checkpoints are never unpickled beyond tensors and plain values.
@@ -132,8 +136,13 @@ class RecipeCLI(LightningCLI):
             path = find_last_checkpoint(self.trainer)
             config["ckpt_path"] = path and str(path)
             self.checkpoint = read_lightning_checkpoint(path) if path and path.is_file() else None
+        path = config.get("ckpt_path")
+        if path and is_sharded(path) and not self.trainer.strategy.restore_checkpoint_after_setup:
+            read_lightning_checkpoint(path)  # says what shards need
         if self.checkpoint is not None and self.model.strict_loading:
             check_fits(self.checkpoint, self.model, config["ckpt_path"])
+        if self.checkpoint is not None and self.subcommand != "fit" and isinstance(self.model, Classification):
+            expect_data(self.model.model, self.checkpoint)  # now, because the data ask the model
         self.checkpoint = None
 
     def fit(self, **kwargs: Any) -> None:

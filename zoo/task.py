@@ -199,7 +199,11 @@ def create_model(
     pretrained: bool = False,
     checkpoint: str | None = None,
 ) -> nn.Module:
-    """``timm.create_model``, with a suggestion for a misspelt name and weights from a local file."""
+    """``timm.create_model``, with a suggestion for a misspelt name and weights from a local file.
+
+    Raises:
+        UserError: There is no such model, or its weights cannot be had.
+    """
     if ":" not in model_name and not timm.is_model(model_name):  # "hf-hub:..." names are resolved by timm
         close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -210,4 +214,10 @@ def create_model(
         # timm's own loading path, so that the family's filter for the authors' files applies.
         overlay = model_args.pop("pretrained_cfg_overlay", None) or {}
         model_args["pretrained_cfg_overlay"] = {**overlay, "file": str(checkpoint)}
-    return timm.create_model(model_name, pretrained or checkpoint is not None, num_classes=num_classes, **model_args)
+    with_weights = pretrained or checkpoint is not None
+    try:
+        return timm.create_model(model_name, with_weights, num_classes=num_classes, **model_args)
+    except (OSError, RuntimeError) as error:  # there are none, no network, or not of this model
+        if with_weights:
+            raise UserError(str(error)) from error
+        raise

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zoo.checkpoints import read_lightning_checkpoint
+from zoo.checkpoints import is_sharded, read_lightning_checkpoint
 from zoo.data import TrainLoader
 from zoo.errors import UserError
 
@@ -235,7 +235,7 @@ def find_last_checkpoint(trainer: Trainer) -> Path | None:
     names = "*/checkpoints/last*.ckpt" if trainer.loggers else "checkpoints/last*.ckpt"
     found = {path: path.stat().st_mtime_ns for path in (folder.parent if trainer.loggers else folder).glob(names)}
     for path in sorted(found, key=found.__getitem__, reverse=True):
-        if (path / ".metadata").is_file():  # of a sharded strategy, written last
+        if is_sharded(path):
             return path
         try:
             read_lightning_checkpoint(path)

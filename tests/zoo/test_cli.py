@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from timm.models import get_pretrained_cfg
 
 import zoo
@@ -311,7 +312,8 @@ def test_fit_validate_predict(capsys, monkeypatch, tmp_path):
     assert (run / "checkpoints" / "best.ckpt").is_file()
     last = run / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4  # of the last epoch, not of the best
-    assert main(["validate", *base, "--ckpt_path", str(last), "--trainer.limit_val_batches", "1"]) == 0
+    published = ["--model.pretrained", "true"]  # of which there are none: a checkpoint needs no other weights
+    assert main(["validate", *base, *published, "--ckpt_path", str(last), "--trainer.limit_val_batches", "1"]) == 0
     assert "val_top1" in capsys.readouterr().out
 
     assert main(["predict", *base, "--ckpt_path", "last", "--trainer.limit_predict_batches", "2"]) == 0
@@ -323,5 +325,36 @@ def test_fit_validate_predict(capsys, monkeypatch, tmp_path):
     assert main(["validate", *base, "--model.model_name", "test_vit", "--ckpt_path", "last"]) == 2
     assert "do not fit the model" in capsys.readouterr().err
     other = [*base, "--model.model_name", "test_vit", "--ckpt_path", str(last)]
+    assert main(["validate", *base, *published]) == 2
+    assert "No pretrained weights exist for test_dinat" in capsys.readouterr().err
     assert main(["validate", *other]) == 2
     assert "last.ckpt holds a test_dinat, but the configuration asks for test_vit" in capsys.readouterr().err
+
+    shards = tmp_path / "shards.ckpt"
+    shards.mkdir()
+    (shards / ".metadata").touch()
+    for command in (["validate", *base, "--ckpt_path"], ["export", "--format", "onnx", "--output", "x.onnx"]):
+        assert main([*command, str(shards)]) == 2
+        assert "shards.ckpt is a folder of shards" in capsys.readouterr().err
+
+
+def test_images_are_prepared_as_in_the_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), "red" if name[-1] == "a" else "blue").save(tmp_path / "photos" / name / "1.png")
+    base = ["--config", "finetune/image_folder", "--data.root", "photos", "--data.num_workers", "0"]
+    base += [
+        "--model.model_name",
+        "test_dinat",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    options = ["--data.batch_size", "2", "--data.image_size", "32", "--model.pretrained", "false"]
+    assert main(["fit", *base, *options, "--trainer.max_epochs", "1"]) == 0
+    path = "runs/finetune/version_0/checkpoints/last.ckpt"
+    assert RecipeCLI(["validate", *base, "--ckpt_path", path]).datamodule.data_config["input_size"] == (3, 32, 32)
+    larger = RecipeCLI(["validate", *base, "--ckpt_path", path, "--data.image_size", "64"])
+    assert larger.datamodule.data_config["input_size"] == (3, 64, 64)

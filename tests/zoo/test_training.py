@@ -341,3 +341,9 @@ def test_sharded_weights(tmp_path):
     assert sharded and all(sharded)
     task = Classification.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(isinstance(x, DTensor) for x in task.parameters())
+
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", devices=1, **quiet)
+    task = ShardedClassification.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert "val_top1" in trainer.validate(task, TrainLoader(images, 2), verbose=False)[0]
+    with pytest.raises(UserError, match="is trained with the strategy ModelParallelStrategy only"):
+        trainer.fit(task, TrainLoader(images, 2))
