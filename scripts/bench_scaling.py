@@ -382,13 +382,13 @@ def check_table(cells: dict[str, Any]) -> tuple[str, bool]:
     figures = single["evaluation float32"]
     numbers = ", ".join(f"{name} {figures[f'val_{name}']:.7f}" for name in ("top1", "top5", "ece", "loss"))
     first, *_, last = trace = single["training float64"]
+    skipping = "Skipping: the loss of the third step is NaN in the last process, and all leave that step out."
     text = (
         f"{EVALUATION} images in batches of {EVALUATION_BATCH}; one process, float32: {numbers}. Equal is to the last "
         "bit of these, and in every entry of the confusion matrix and the table of classes.\n\n"
         f"Training losses of {len(trace)} steps of {GLOBAL_BATCH} images, from {first:.4f} to {last:.4f} for one "
         f"process: the largest relative difference from it, of which {ALLOWED['float32']:g} is allowed in float32 and "
-        f"{ALLOWED['float64']:g} in float64. Skipping: the loss of the third step is NaN in the last process, and all "
-        "leave that step out.\n\n"
+        f"{ALLOWED['float64']:g} in float64. {skipping if 'skipping float32' in kinds else ''}\n\n"
     )
     fine = all(fine for row in groups.values() for _, fine in row.values())
     return text + markdown_table(["strategy and processes", *kinds], rows), fine
