@@ -440,6 +440,25 @@ def test_export():
     torch.testing.assert_close(exported.module()(*qkv), neighborhood_attention_2d(*qkv, 3))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_watches_sees_the_operator(grad):
+    """Calls go around the dispatcher only where nobody would notice."""
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    seen, inputs = [], random_inputs((1, 5, 5, 1, 4), (1, 5, 5, 1, 4), (1, 5, 5, 1, 4), grad=grad)
+    expected = neighborhood_attention_2d(*inputs, 3)
+    with Watch():
+        assert neighborhood_attention_2d(*inputs, 3).equal(expected)
+    assert "zoo::neighborhood_attention_2d" in seen
+    assert neighborhood_attention_2d(*(torch._neg_view(-x) for x in inputs), 3).equal(expected)  # negated when read
+    vmapped = torch.func.vmap(lambda *x: neighborhood_attention_2d(*x, 3))(*(x[None] for x in inputs))
+    assert vmapped[0].equal(expected)
+
+
 def test_torchscript():
     @torch.jit.script
     def scripted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
