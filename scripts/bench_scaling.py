@@ -119,7 +119,8 @@ def work(job: Job, rank: int, port: int, folder: Path) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if job.accelerator == "cpu":
         os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.devices))
+    # On the CPU as many in every group, because sums of matrix products depend on it.
+    torch.set_num_threads(1 if job.accelerator == "cpu" else max(1, (os.cpu_count() or 1) // job.devices))
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

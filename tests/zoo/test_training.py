@@ -338,6 +338,8 @@ def test_sharded_weights(tmp_path):
         trainer.fit(Watched(**options), TrainLoader(images, 2))
     finally:
         torch.distributed.destroy_process_group()
+        for name in ("MASTER_ADDR", "MASTER_PORT"):  # other tests' processes would all meet there
+            os.environ.pop(name, None)
     assert sharded and all(sharded)
     task = Classification.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any(isinstance(x, DTensor) for x in task.parameters())
