@@ -22,6 +22,7 @@ from zoo.kernels.neighborhood.triton.common import (
     member_offsets,
     norm_of,
     queries_of_tile,
+    recomputed_weights,
     sees_all,
     store,
     store_shift,
@@ -151,13 +152,15 @@ def query_kernel(
                 block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
                 TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
             )  # fmt: skip
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT) - q_lse[:, None]
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT)
+            if not EXACT:
+                logits -= q_lse[:, None]
             logits = mask_and_bias(
                 logits, bias, row * row_of_blocks + col, m, n, qy, qx, ky, kx,
                 start_y, end_y, start_x, end_x, low_y, low_x, full, None,
                 KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS, EXACT,
             )  # fmt: skip
-            weights = exponential(logits, EXACT)
+            weights = recomputed_weights(logits, q_lse[:, None], EXACT)
             d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if sweep + 1 < SWEEPS:
                 q_shift += tl.sum(weights * d_weights, 1)
@@ -292,13 +295,15 @@ def key_value_kernel(
             block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
             TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
         )  # fmt: skip
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * UNIT) - q_lse[None, :]
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * UNIT)
+        if not EXACT:
+            logits -= q_lse[None, :]
         logits = mask_and_bias(
             logits, bias, row * row_of_blocks + col, m, n, ky, kx, qy, qx,
             start_y, end_y, start_x, end_x, low_y, low_x, full, None,
             KERNEL_Y, KERNEL_X, M, N, True, RADIUS, BIAS, BITS, EXACT,
         )  # fmt: skip
-        weights = exponential(logits, EXACT)
+        weights = recomputed_weights(logits, q_lse[None, :], EXACT)
         if EXACT:
             weights *= q_norm[None, :]
         dv = add_product(dv, weights.to(do.dtype), do, EXACT, PRECISION)

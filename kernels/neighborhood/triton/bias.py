@@ -12,7 +12,6 @@ from zoo.kernels.neighborhood.triton.common import (
     add_product,
     block_members,
     classes_of_kind,
-    exponential,
     keys_of_tile,
     load,
     load_shift,
@@ -23,6 +22,7 @@ from zoo.kernels.neighborhood.triton.common import (
     pair_bias,
     pattern,
     queries_of_tile,
+    recomputed_weights,
     store,
     store_shift,
     strides_of,
@@ -278,8 +278,11 @@ def gradient_kernel(
             k = load(k_block + k_offsets, k_inside, d, dim, EVEN_D)
             v = load(v_block + v_offsets, k_inside, d, dim, EVEN_D)
             pairs = held if BLOCKS == 1 else tl.load(unrolled + i * (M * N) + m[:, None] * N + n[None, :])
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT) - q_lse[:, None]
-            weights = exponential(tl.where(pairs == float("-inf"), pairs, logits + pairs), EXACT)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT)
+            if not EXACT:
+                logits -= q_lse[:, None]
+            logits = tl.where(pairs == float("-inf"), pairs, logits + pairs)
+            weights = recomputed_weights(logits, q_lse[:, None], EXACT)
             d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if EXACT:
                 if QUERY:  # only of one block, see `store_shift`

@@ -62,6 +62,17 @@ def exponential(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def recomputed_weights(logits, lse, EXACT: tl.constexpr):
+    """Weights of the backward pass, 0 where `logits` are -inf; `lse` was taken from them unless EXACT.
+
+    In float32 it is taken from them last: where the weight is large they are nearly equal, and nothing is rounded.
+    """
+    if EXACT:
+        logits = tl.where(logits == float("-inf"), logits, logits - lse)
+    return exponential(logits, EXACT)
+
+
+@triton.jit
 def logarithm(top, total, EXACT: tl.constexpr):
     """Natural logarithm of a sum of which `top` is taken out: that of `total` * 2 ** top or, if EXACT, * e ** top."""
     y = tl.log(total)
