@@ -67,9 +67,13 @@ def register_gradient(
     # `Function.apply` but for what it does for transforms, which `watched` tells of.
     apply = super(torch.autograd.Function, Operator).apply
 
+    registered = getattr(torch.ops.zoo, name)
+
     def call(*arguments):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or watched(*arguments[:inputs]):
-            return getattr(torch.ops.zoo, name)(*arguments)
+        operator = getattr(torch.ops.zoo, name)  # `zoo.lowering` puts others in its place
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or operator is not registered
+        if traced or watched(*arguments[:inputs]):
+            return operator(*arguments)
         return apply(*arguments) if differentiates(arguments) else forward(*arguments)
 
     return call
