@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from zoo.kernels._checks import check_backend, check_bias, check_map, check_tensors, resolve_scale
+from zoo.kernels._symbols import is_symbol
 from zoo.kernels.agent import reference, sdpa
 
 BACKENDS = ("auto", "reference", "sdpa")
@@ -90,10 +91,10 @@ def pool_agents(query: Tensor, side: int) -> Tensor:
         if has_torch_function((query,)):
             return handle_torch_function(pool_agents, (query,), query, side)
         _check_pooling(query, side)
-        # Adaptive pooling has no deterministic gradient on a GPU, and few file formats have it.
-        if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_exporting():
-            rows, cols = _bins(query.shape[1], side, query), _bins(query.shape[2], side, query)
-            return torch.einsum("ph,bhwnd,qw->bpqnd", rows, query, cols).flatten(1, 2)
+        # On a GPU adaptive pooling has no deterministic gradient, and gives an image of any size to one block of
+        # threads. Few file formats have it.
+        if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_exporting() or _is_large(query):
+            return _pool_by_products(query, side)
     heads, dim = query.shape[3], query.shape[4]
     pooled = F.adaptive_avg_pool2d(query.flatten(3).permute(0, 3, 1, 2), side)
     return pooled.flatten(2).transpose(1, 2).unflatten(2, (heads, dim))
@@ -130,9 +131,27 @@ def _check_pooling(query, side) -> None:
         raise ValueError(f"side must be at least 1, got {side}")
 
 
+def _is_large(query: Tensor) -> bool:
+    height, width = query.shape[1], query.shape[2]
+    return query.is_cuda and not is_symbol(height) and not is_symbol(width) and height * width >= 4096
+
+
+def _pool_by_products(query: Tensor, side: int) -> Tensor:
+    """`pool_agents` as two products, along rows and along columns."""
+    _, height, width, heads, dim = query.shape
+
+    def means(bins: Tensor, x: Tensor) -> Tensor:
+        """[side, tokens] and [..., tokens, channels] -> [..., side, channels], divided at once: no sum overflows."""
+        count = bins.sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        return (torch.matmul(bins, x) / count).to(x.dtype)
+
+    x = means(_bins(width, side, query), query.flatten(3))  # [batch, height, side, heads * dim]
+    x = means(_bins(height, side, query), x.flatten(2))
+    return x.unflatten(2, (side, heads, dim)).flatten(1, 2)
+
+
 def _bins(length: int, side: int, like: Tensor) -> Tensor:
-    """[side, length]: the weight of every token of an axis in the mean of each bin."""
+    """[side, length]: 1 for every token of an axis in a bin, else 0."""
     index, token = torch.arange(side, device=like.device), torch.arange(length, device=like.device)
     first, end = index * length // side, ((index + 1) * length + side - 1) // side
-    inside = (token >= first[:, None]) & (token < end[:, None])
-    return inside.to(like.dtype) / (end - first)[:, None]
+    return ((token >= first[:, None]) & (token < end[:, None])).to(like.dtype)
