@@ -57,12 +57,9 @@ def register_gradient(
             found = (None if x is None else grad for x, grad in zip(saved[:inputs], found))
             return *found, *(None for _ in ctx.options)
 
-    def differentiates(arguments) -> bool:
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:inputs])
-
     @torch.library.impl(f"zoo::{name}", "Autograd")
     def autograd(*arguments):
-        return Operator.apply(*arguments) if differentiates(arguments) else below_autograd(*arguments)
+        return Operator.apply(*arguments) if needs_grad(*arguments[:inputs]) else below_autograd(*arguments)
 
     # `Function.apply` but for what it does for transforms, which `watched` tells of.
     apply = super(torch.autograd.Function, Operator).apply
@@ -71,15 +68,24 @@ def register_gradient(
 
     def call(*arguments):
         operator = getattr(torch.ops.zoo, name)  # `zoo.lowering` puts others in its place
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or operator is not registered
-        if traced or watched(*arguments[:inputs]):
+        if operator is not registered or not is_eager(*arguments[:inputs]):
             return operator(*arguments)
-        return apply(*arguments) if differentiates(arguments) else forward(*arguments)
+        return apply(*arguments) if needs_grad(*arguments[:inputs]) else forward(*arguments)
 
     return call
 
 
 _KINDS = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from these is to have a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether calls on these run as they are written: nothing compiles, traces or watches them."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or watched(*tensors))
 
 
 def watched(*tensors: Tensor | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.kernels._autograd import watched
+from zoo.kernels._autograd import is_eager, needs_grad
 from zoo.kernels._launch import HAS_TRITON, device_of
 from zoo.kernels._symbols import is_symbol
 from zoo.kernels.neighborhood.dense import dense_bias
@@ -27,13 +27,13 @@ def pair_bias(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor
 def _by_triton(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     from zoo.kernels.window import triton
 
-    needs_grad = torch.is_grad_enabled() and table.requires_grad
     with device_of(table):
-        return (triton.DenseBias.apply if needs_grad else triton.forward)(table, rows, cols, dtype)
+        run = triton.DenseBias.apply if needs_grad(table) else triton.forward
+        return run(table, rows, cols, dtype)
 
 
 def _takes_triton(table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (table.is_cuda and HAS_TRITON) or watched(table):
+    if not (is_eager(table) and table.is_cuda and HAS_TRITON):
         return False
     if is_symbol(rows) or is_symbol(cols) or table.numel() == 0 or rows * cols > MOST:
         return False
