@@ -21,6 +21,7 @@ from zoo.kernels.neighborhood.triton.common import (
     member_offset,
     member_offsets,
     norm_of,
+    products,
     queries_of_tile,
     recomputed_weights,
     sees_all,
@@ -152,7 +153,7 @@ def query_kernel(
                 block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
                 TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
             )  # fmt: skip
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT)
+            logits = products(q, k, EXACT, PRECISION) * (scale * UNIT)
             if not EXACT:
                 logits -= q_lse[:, None]
             logits = mask_and_bias(
@@ -161,7 +162,7 @@ def query_kernel(
                 KERNEL_Y, KERNEL_X, M, N, False, RADIUS, BIAS, BITS, EXACT,
             )  # fmt: skip
             weights = recomputed_weights(logits, q_lse[:, None], EXACT)
-            d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            d_weights = products(do, v, EXACT, PRECISION)
             if sweep + 1 < SWEEPS:
                 q_shift += tl.sum(weights * d_weights, 1)
                 total += tl.sum(weights, 1)
@@ -178,9 +179,9 @@ def query_kernel(
                 token = first + tl.arange(0, BLOCK_E)
                 k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
                 v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
-                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT) - q_lse[:, None]
+                logits = products(q, k, EXACT, PRECISION) * (scale * UNIT) - q_lse[:, None]
                 weights = exponential(tl.where((token < extra)[None, :], logits, float("-inf")), EXACT)
-                d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                d_weights = products(do, v, EXACT, PRECISION)
                 if sweep + 1 < SWEEPS:
                     q_shift += tl.sum(weights * d_weights, 1)
                     total += tl.sum(weights, 1)
@@ -295,7 +296,7 @@ def key_value_kernel(
             block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
             TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
         )  # fmt: skip
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * UNIT)
+        logits = products(k, q, EXACT, PRECISION) * (scale * UNIT)
         if not EXACT:
             logits -= q_lse[None, :]
         logits = mask_and_bias(
@@ -307,7 +308,7 @@ def key_value_kernel(
         if EXACT:
             weights *= q_norm[None, :]
         dv = add_product(dv, weights.to(do.dtype), do, EXACT, PRECISION)
-        d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        d_weights = products(v, do, EXACT, PRECISION)
         d_logits = weights * (d_weights - q_shift[None, :])
         dk = add_product(dk, d_logits.to(q.dtype), q, EXACT, PRECISION)
 
@@ -383,12 +384,12 @@ def extra_kernel(
         rows = (batch * tokens + place) * heads + head
         q_lse = tl.load(lse + rows, mask=q_inside, other=float("inf")) * UNIT
         q_shift, q_norm = load_shift(shift, rows, q_inside, EXACT)
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * UNIT) - q_lse[None, :]
+        logits = products(k, q, EXACT, PRECISION) * (scale * UNIT) - q_lse[None, :]
         weights = exponential(logits, EXACT)
         if EXACT:
             weights *= q_norm[None, :]
         dv = add_product(dv, weights.to(do.dtype), do, EXACT, PRECISION)
-        d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        d_weights = products(v, do, EXACT, PRECISION)
         d_logits = weights * (d_weights - q_shift[None, :])
         dk = add_product(dk, d_logits.to(q.dtype), q, EXACT, PRECISION)
 

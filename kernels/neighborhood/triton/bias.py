@@ -21,6 +21,7 @@ from zoo.kernels.neighborhood.triton.common import (
     norm_of,
     pair_bias,
     pattern,
+    products,
     queries_of_tile,
     recomputed_weights,
     store,
@@ -278,12 +279,12 @@ def gradient_kernel(
             k = load(k_block + k_offsets, k_inside, d, dim, EVEN_D)
             v = load(v_block + v_offsets, k_inside, d, dim, EVEN_D)
             pairs = held if BLOCKS == 1 else tl.load(unrolled + i * (M * N) + m[:, None] * N + n[None, :])
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT)
+            logits = products(q, k, EXACT, PRECISION) * (scale * UNIT)
             if not EXACT:
                 logits -= q_lse[:, None]
             logits = tl.where(pairs == float("-inf"), pairs, logits + pairs)
             weights = recomputed_weights(logits, q_lse[:, None], EXACT)
-            d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            d_weights = products(do, v, EXACT, PRECISION)
             if EXACT:
                 if QUERY:  # only of one block, see `store_shift`
                     q_norm = norm_of(tl.sum(weights, 1))

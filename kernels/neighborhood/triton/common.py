@@ -114,6 +114,37 @@ def load_shift(shift, rows, inside, EXACT: tl.constexpr):
 
 
 @triton.jit
+def products(a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """a [M, D] @ b [N, D] transposed. If EXACT, in up to four sums over D: one long sum would round more."""
+    PARTS: tl.constexpr = a.shape[1] // 16 if EXACT and PRECISION == "ieee" else 1
+    if PARTS >= 4:
+        a_even, a_odd = halves(a)
+        b_even, b_odd = halves(b)
+        c = sum_of_two(a_even, b_even)
+        c = tl.fma(sum_of_two(a_odd, b_odd), 1.0, c)  # see `add_product`
+    elif PARTS >= 2:
+        c = sum_of_two(a, b)
+    else:
+        c = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def sum_of_two(a, b):
+    """`products` of float32, in two sums."""
+    a_even, a_odd = halves(a)
+    b_even, b_odd = halves(b)
+    c = tl.dot(a_even, tl.trans(b_even), input_precision="ieee")
+    return tl.fma(tl.dot(a_odd, tl.trans(b_odd), input_precision="ieee"), 1.0, c)
+
+
+@triton.jit
+def halves(x):
+    """The even and the odd columns of [R, C]."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
 def add_product(acc, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a @ b. If EXACT, each product is added up by itself first: one long sum would round more."""
     if EXACT:

@@ -18,6 +18,7 @@ from zoo.kernels.neighborhood.triton.common import (
     member_offset,
     member_offsets,
     pair_bias,
+    products,
     sees_all,
     store,
     strides_of,
@@ -143,7 +144,7 @@ def forward_kernel(
                 block_y, block_x, first_y, first_x, full_low_y, full_high_y, full_low_x, full_high_x,
                 TILE_Y, TILE_X, BLOCK_Y, BLOCK_X, RADIUS,
             )  # fmt: skip
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT)
+            logits = products(q, k, EXACT, PRECISION) * (scale * UNIT)
             logits = mask_and_bias(
                 logits, bias, row * row_of_blocks + col, m, n, qy, qx, ky, kx,
                 start_y, end_y, start_x, end_x, low_y, low_x, full, pairs,
@@ -158,7 +159,7 @@ def forward_kernel(
                 token = first + tl.arange(0, BLOCK_E)
                 k = load(ek_base + member_offsets(ek_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
                 v = load(ev_base + member_offsets(ev_strides, token, token * 0, d, 1, 1), token < extra, d, dim, EVEN_D)
-                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * UNIT)
+                logits = products(q, k, EXACT, PRECISION) * (scale * UNIT)
                 logits = tl.where((token < extra)[None, :], logits, float("-inf"))
                 acc, top, total = accumulate(logits, v, acc, top, total, EXACT, PRECISION)
 
