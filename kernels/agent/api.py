@@ -133,7 +133,7 @@ def _check_pooling(query, side) -> None:
 
 def _is_large(query: Tensor) -> bool:
     height, width = query.shape[1], query.shape[2]
-    return query.is_cuda and not is_symbol(height) and not is_symbol(width) and height * width >= 4096
+    return query.is_cuda and not is_symbol(height) and not is_symbol(width) and height * width >= 2048
 
 
 def _pool_by_products(query: Tensor, side: int) -> Tensor:

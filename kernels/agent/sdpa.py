@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels._sdpa import biased_attention
 from zoo.kernels._symbols import is_symbol
 
 
@@ -20,18 +20,17 @@ def agent_attention(
     query_scale: float,
 ) -> Tensor:
     """See `zoo.kernels.agent_attention`."""
-    # Fused kernels take a mask of four axes, of the dtype of the query, with a contiguous last axis.
     if agent_bias is not None:
-        agent_bias = agent_bias.to(query.dtype).contiguous().unsqueeze(0)
+        agent_bias = agent_bias.to(query.dtype).contiguous()
     if query_bias is not None:
-        query_bias = query_bias.to(query.dtype).contiguous().unsqueeze(0)
+        query_bias = query_bias.to(query.dtype).contiguous()
     q, k, v, a = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), agent.transpose(1, 2)
     keys = k.shape[2]
     if k.is_cuda and not is_symbol(keys) and keys >= 4096 and keys % 1024 == 0:
         gathered = gather_in_parts(a, k, v, agent_bias, scale, 1024)
     else:
-        gathered = F.scaled_dot_product_attention(a, k, v, attn_mask=agent_bias, scale=scale)
-    out = F.scaled_dot_product_attention(q, a, gathered, attn_mask=query_bias, scale=query_scale)
+        gathered = biased_attention(a, k, v, agent_bias, scale)
+    out = biased_attention(q, a, gathered, query_bias, query_scale)
     return out.transpose(1, 2)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels._sdpa import biased_attention
 from zoo.kernels._symbols import is_symbol
 
 
@@ -53,13 +54,12 @@ def neighborhood_attention_2d(
     q, k, v = classes(query), classes(key), classes(value)
     bias = None
     if rel_pos_bias is not None:
-        # Of four dimensions, or torch would not take a fused kernel on the CPU.
-        bias = dense_bias(rel_pos_bias, rows, cols, query.dtype).unsqueeze(0)
+        bias = dense_bias(rel_pos_bias, rows, cols, query.dtype)
     if extra_key is not None:
         k, v = torch.cat([k, repeated(extra_key)], dim=2), torch.cat([v, repeated(extra_value)], dim=2)
         if bias is not None:
             bias = F.pad(bias, (0, extra_key.shape[1]))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    out = biased_attention(q, k, v, bias, scale)
     out = out.reshape(batch, d_rows, d_cols, heads, rows, cols, dim).permute(0, 4, 1, 5, 2, 3, 6)
     return out.reshape(query.shape)
 

@@ -6,9 +6,9 @@ The function is plain torch on the shapes of its arguments, so compile, export a
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels._sdpa import biased_attention
 from zoo.kernels._symbols import is_symbol
 from zoo.kernels.window.bias import pair_bias
 
@@ -40,8 +40,7 @@ def window_attention_2d(
         outer, inner = batch * windows, heads
 
     query, key, value = [_partition(x, window_size, outer, inner) for x in (query, key, value)]
-    mask = None if bias is None else bias.unsqueeze(0)  # of four dimensions, as in neighborhood/dense.py
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    out = biased_attention(query, key, value, bias, scale)
 
     if _is_column(width, cols) and not shifted:
         return out.transpose(1, 2).reshape(batch, height, width, heads, value.shape[-1])

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.kernels._launch import launch
-
-ALIGNMENT = 16  # rows in memory start at multiples of it, or scaled_dot_product_attention would copy them there
+from zoo.kernels._sdpa import ALIGNMENT
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from operators import (
     outputs_and_grads,
     random_inputs,
 )
-from zoo.kernels import neighborhood_attention_2d, window_attention_2d
+from zoo.kernels import _sdpa, neighborhood_attention_2d, window_attention_2d
 from zoo.kernels.neighborhood.dense import dense_bias
 from zoo.kernels.window import api, fused, tiled, triton
 
@@ -312,7 +312,7 @@ def test_windows_below_each_other_are_not_copied(monkeypatch):
         copied.extend(x.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr() for x in tensors)
         return scaled_dot_product_attention(*tensors, **kwargs)
 
-    monkeypatch.setattr(tiled.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(_sdpa.F, "scaled_dot_product_attention", spy)
     window_attention_2d(*qkv.unbind(3), 3)
     window_attention_2d(qkv[:, :3, :, 0], *qkv.unbind(3)[1:], 3)
     assert copied == [False, False, False, True, False, False]  # a shared query is repeated
