@@ -1,12 +1,13 @@
 """Whole models on one GPU: images per second and peak memory, inference and training, eager and compiled.
 
     python scripts/bench_models.py [NAME ...] [--accelerate NAME ...] [--modes inference training]
-                                   [--ways eager compiled] [--sizes 224 512] [--batch 256 128] [--warm 16]
+                                   [--ways eager compiled graphs] [--sizes 224 512] [--batch 256 128] [--warm 16]
                                    [--missing] [--seconds 560] [--output FILE]
 
 bfloat16 autocast on synthetic images; training is a forward and backward pass and a step of fused AdamW. What is timed
 is first compared with the same model in float32 on the CPU: the outputs, and for training every gradient. Where they
-differ the cell says so and has no figure. Both memory formats are tried eagerly, and the faster one is compiled.
+differ the cell says so and has no figure. Both memory formats are tried eagerly, and the faster one is compiled: as
+`torch.compile` does by default, and with `mode="reduce-overhead"`, which replays a step's kernels as CUDA graphs.
 
 Some models make much of rounding in training: batch norm over two images, and choices such as routes and ReLUs that
 rounding tips. So eager training is compared twice, as it is timed and in float32 on the GPU, where the limit is tight.
@@ -56,7 +57,8 @@ NAMES = (
     "nat_tiny",
     "convnext_tiny",
 )
-MODES, WAYS = ("inference", "training"), ("eager", "compiled")
+MODES, WAYS = ("inference", "training"), ("eager", "compiled", "graphs")
+COMPILE_MODE = {"compiled": "default", "graphs": "reduce-overhead"}  # of torch.compile
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 # Inference: of the largest output. Training: of the norm of all gradients, too. Tried on the CPU, bfloat16 autocast of
 # convnext_tiny, swin_tiny and halonet26t errs by 0.004 to 0.007 in inference and 0.006 to 0.07 in training; one bias
@@ -191,18 +193,18 @@ def checked_error(model: nn.Module, call: Callable, job: Job, layout: torch.memo
     return error
 
 
-def ready(job: Job, layout: str, compile_mode: str) -> tuple[nn.Module, Callable]:
+def ready(job: Job, layout: str) -> tuple[nn.Module, Callable]:
     """The model on the GPU, and what to call."""
     model = create(job)
     if job.accelerate:
         zoo.accelerate(model)
     model = model.to(DEVICE, memory_format=LAYOUTS[layout])
-    return model, torch.compile(model, mode=compile_mode) if job.way == "compiled" else model
+    return model, torch.compile(model, mode=COMPILE_MODE[job.way]) if job.way in COMPILE_MODE else model
 
 
-def measure(job: Job, layout: str, compile_mode: str) -> dict:
+def measure(job: Job, layout: str) -> dict:
     """Images per second, peak memory in GiB, and the error, after it was found small enough."""
-    model, call = ready(job, layout, compile_mode)
+    model, call = ready(job, layout)
     errors = {"error": checked_error(model, call, job, LAYOUTS[layout])}
     if model.training and job.way == "eager":
         errors["exact"] = checked_error(model, call, job.plain, LAYOUTS[layout], amp=False)
@@ -245,12 +247,12 @@ def tidy() -> None:
     torch.cuda.empty_cache()
 
 
-def best_of(job: Job, layouts: list[str], compile_mode: str) -> dict | str:
+def best_of(job: Job, layouts: list[str]) -> dict | str:
     """The fastest memory format's figures, or why there are none."""
     found, reason = [], ""
     for layout in layouts:
         try:
-            found.append(measure(job, layout, compile_mode))
+            found.append(measure(job, layout))
         except torch.cuda.OutOfMemoryError:
             reason = "out of memory"
         except Exception as error:  # compilers raise many kinds, and one model's failure is its own row's
@@ -274,13 +276,13 @@ def settle_worker(cores: int) -> None:
     torch.set_num_threads(cores)
 
 
-def compile_one(work: tuple[Job, str, str]) -> str:
+def compile_one(work: tuple[Job, str]) -> str:
     """In a worker: leave in the caches what `measure` compiles. Says what came of it; nothing depends on that."""
-    job, layout, compile_mode = work
+    job, layout = work
     began = time.time()
     for _ in range(10):
         try:
-            model, call = ready(job, layout, compile_mode)
+            model, call = ready(job, layout)
             images, labels = (x.repeat(job.batch // 2, *[1] * (x.dim() - 1)).to(DEVICE) for x in two_images(job.size))
             outputs_and_gradients(model, call, images.contiguous(memory_format=LAYOUTS[layout]), labels, amp=True)
             return f"{job.row} {job.mode} compiled in {time.time() - began:.0f} s"
@@ -296,7 +298,7 @@ def compile_one(work: tuple[Job, str, str]) -> str:
     return f"{job.row} {job.mode} not compiled beforehand: {reason}"
 
 
-def compile_all(work: list[tuple[Job, str, str]], workers: int, seconds: float) -> None:
+def compile_all(work: list[tuple[Job, str]], workers: int, seconds: float) -> None:
     """`compile_one` in many processes; what is not done in time is given up."""
     end = time.time() + seconds
     # Training takes longest: first.
@@ -326,7 +328,8 @@ def report(sizes: dict[str, dict], about: str) -> str:
         f"{about}. bfloat16 autocast, synthetic images, AdamW (fused); images per second, medians of 30 steps, and in "
         "parentheses the peak memory in GiB. The memory format is the faster one, eager; the error is the largest "
         "difference from float32 on the CPU, of the outputs relative to the largest, or of all gradients relative to "
-        "their norm; beside it, that of eager training when it is in float32, too.\n",
+        "their norm; beside it, that of eager training when it is in float32, too. Graphs: compiled with "
+        '`mode="reduce-overhead"`.\n',
     ]
     for size, table in sorted(sizes.items(), key=lambda item: int(item[0])):
         batches = ", ".join(f"{mode} at batch {table['batch'][mode]}" for mode in MODES if mode in table["batch"])
@@ -359,7 +362,6 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[224], help="pixels a side")
     parser.add_argument("--batch", nargs=2, type=int, default=(256, 128), metavar=("INFERENCE", "TRAINING"))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="memory formats to try")
-    parser.add_argument("--compile-mode", default="default", help="torch.compile's mode")
     parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile in N processes beforehand")
     parser.add_argument("--missing", action="store_true", help="only what the table has no figure of")
     parser.add_argument("--seconds", type=float, default=560, help="start no further figure after this time")
@@ -380,7 +382,7 @@ def main() -> None:
 
     def layouts_of(job: Job) -> list[str]:
         eager = results_of(job).get(f"{job.mode} eager")
-        return [eager["layout"]] if job.way == "compiled" and isinstance(eager, dict) else args.layouts
+        return [eager["layout"]] if job.way in COMPILE_MODE and isinstance(eager, dict) else args.layouts
 
     jobs = [
         Job(name, size, batch_at(size, args.batch[MODES.index(mode)]), mode, way, accelerate)
@@ -394,16 +396,16 @@ def main() -> None:
     if args.missing:
         jobs = [job for job in jobs if not isinstance(results_of(job).get(f"{job.mode} {job.way}"), dict)]
     for job in jobs:
-        if args.warm and job.way == "compiled":
+        if args.warm and job.way in COMPILE_MODE:
             left = args.seconds - (time.time() - start)
-            work = [(j, layout, args.compile_mode) for j in jobs if j.way == "compiled" for layout in layouts_of(j)]
+            work = [(j, layout) for j in jobs if j.way in COMPILE_MODE for layout in layouts_of(j)]
             compile_all(work, args.warm, 0.6 * left)
             args.warm = 0
         if time.time() - start > args.seconds:
             print(f"no time for {job}", flush=True)
             continue
         began = time.time()
-        result = best_of(job, layouts_of(job), args.compile_mode)
+        result = best_of(job, layouts_of(job))
         results_of(job)[f"{job.mode} {job.way}"] = result
         sizes[str(job.size)]["batch"][job.mode] = job.batch
         store.write_text(json.dumps({"about": about, "sizes": sizes}, indent=1) + "\n")

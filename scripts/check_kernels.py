@@ -158,6 +158,11 @@ def check_family(number: int, operator: str, problems: range) -> list[tuple[str,
     return found
 
 
+def compile_time(kind: dict) -> int:
+    """Of a family's kernels, very roughly, in no unit."""
+    return kind["dim"] * (3 if kind["dtype"] == torch.float32 else 1)
+
+
 def start_sweep(pool: ProcessPoolExecutor, problems: int, first: int, operators: list[str]) -> list[Future]:
     """Put all families to work; one in five is circular, if both operators are wanted."""
     jobs = []
@@ -165,6 +170,7 @@ def start_sweep(pool: ProcessPoolExecutor, problems: int, first: int, operators:
         number = start // FAMILY
         operator = operators[-1] if number % 5 == 4 else operators[0]
         jobs.append((number, operator, range(start, min(start + FAMILY, first + problems))))
+    jobs.sort(key=lambda job: compile_time(family(*job[:2])), reverse=True)  # or the longest would be left to the end
     return [pool.submit(check_family, *job) for job in jobs]
 
 

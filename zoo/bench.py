@@ -45,7 +45,7 @@ class Settings(NamedTuple):
         batch_size: Images at once, for throughput and memory.
         image_size: Side of the images in pixels; None for each model's own.
         dtype: "float32", "bfloat16" or "float16", the latter two by autocast for models.
-        compile: Run models through ``torch.compile``.
+        compile: Run models through ``torch.compile`` in this mode.
         seconds: Time spent on each figure.
     """
 
@@ -53,7 +53,7 @@ class Settings(NamedTuple):
     batch_size: int = 1
     image_size: int | None = None
     dtype: str = "float32"
-    compile: bool = False
+    compile: str | None = None
     seconds: float = 2.0
 
 
@@ -95,7 +95,7 @@ def about(settings: Settings) -> str:
         device = f"{settings.device} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
     return (
         f"attn-zoo {zoo.__version__}, torch {torch.__version__}, {device}, {settings.dtype}, "
-        f"batch {settings.batch_size}{', compiled models' if settings.compile else ''}"
+        f"batch {settings.batch_size}{f', models compiled ({settings.compile})' if settings.compile else ''}"
     )
 
 
@@ -139,7 +139,7 @@ def bench_model(name: str, settings: Settings) -> dict[str, Any]:
         with torch.inference_mode():
             exact = copy.deepcopy(model).double()(two.double())
         model = model.to(device)
-        call = torch.compile(model) if settings.compile else model
+        call = torch.compile(model, mode=settings.compile) if settings.compile else model
 
         @torch.inference_mode()
         def run(images: Tensor) -> Tensor:

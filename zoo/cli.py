@@ -112,7 +112,13 @@ def run(command: str, args: list[str]) -> None:
         parser.add_argument("--batch-size", type=int, default=1, help="for throughput and memory (default: 1)")
         parser.add_argument("--image-size", type=int, help="side in pixels (default: each model's own)")
         parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-        parser.add_argument("--compile", action="store_true", help="run models through torch.compile")
+        parser.add_argument(
+            "--compile",
+            nargs="?",
+            const="default",
+            choices=("default", "reduce-overhead", "max-autotune"),
+            help="run models through torch.compile, in one of its modes",
+        )
         parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure (default: 2)")
         parser.add_argument("--output", metavar="DIR", help="write the figures as CSV and a plot into this folder")
         options = vars(parser.parse_args(args))

@@ -39,7 +39,7 @@ class Classification(LightningModule):
         label_smoothing: Used in training only.
         mixup: Strength (alpha) of mixup, 0 for none.
         cutmix: Strength (alpha) of CutMix, 0 for none; with both, each batch gets one of them.
-        compile: Run the model through ``torch.compile``.
+        compile: Run the model through ``torch.compile``, perhaps in a mode such as ``reduce-overhead``: CUDA graphs.
         channels_last: Keep images and convolutions in channels-last memory, which fast convolutions on GPUs want.
         grad_checkpointing: Compute activations again in the backward pass instead of keeping them: less memory, slower.
     """
@@ -59,7 +59,7 @@ class Classification(LightningModule):
         label_smoothing: float = 0.1,
         mixup: float = 0.0,
         cutmix: float = 0.0,
-        compile: bool = False,
+        compile: bool | str = False,
         channels_last: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -73,7 +73,8 @@ class Classification(LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)
         if compile:
-            self.model.compile()  # in place, so that the names of the weights stay
+            # In place, so that the names of the weights stay.
+            self.model.compile(mode=None if compile is True else compile)
         self.lr = lr
         self.min_lr = min_lr
         self.optimizer = optimizer

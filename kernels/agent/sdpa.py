@@ -26,8 +26,8 @@ def agent_attention(
         query_bias = query_bias.to(query.dtype).contiguous()
     q, k, v, a = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), agent.transpose(1, 2)
     keys = k.shape[2]
-    if k.is_cuda and not is_symbol(keys) and keys >= 4096 and keys % 1024 == 0:
-        gathered = gather_in_parts(a, k, v, agent_bias, scale, 1024)
+    if k.is_cuda and not is_symbol(keys) and keys >= 2048:
+        gathered = gather_in_parts(a, k, v, agent_bias, scale, 1024 if keys % 1024 == 0 else keys)
     else:
         gathered = biased_attention(a, k, v, agent_bias, scale)
     out = biased_attention(q, a, gathered, query_bias, query_scale)
@@ -38,7 +38,8 @@ def gather_in_parts(agent: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
     """[batch, heads, agents, dim] from keys and values [batch, heads, keys, dim], a multiple of `part`.
 
     A fused kernel takes all keys of an image and a head in turn, in a single program where agents are few; of a large
-    map that leaves most of a GPU idle. All logits of few agents take little more memory than the keys.
+    map that leaves most of a GPU idle, and its gradient more so. All logits of few agents take little more memory than
+    the keys.
     """
     logits = torch.matmul(scale * agent, key.transpose(2, 3))
     if bias is not None:

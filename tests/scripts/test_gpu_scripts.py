@@ -329,7 +329,7 @@ def test_models_in_several_runs(bench_models, monkeypatch, tmp_path):
     """A run adds to the table of an earlier one, takes its memory format, and passes over what is there."""
     seen = []
 
-    def best_of(job, layouts, compile_mode):
+    def best_of(job, layouts):
         seen.append((job.row, job.way, *layouts))
         if job.name == "b" and job.way == "compiled":
             return "too hard"
@@ -353,16 +353,15 @@ def test_models_in_several_runs(bench_models, monkeypatch, tmp_path):
     assert run("a", "b", "--accelerate", "a", "--ways", "eager") == [
         ("a", "eager", *both), ("b", "eager", *both), ("a, accelerated", "eager", *both)
     ]  # fmt: skip
-    assert run("a", "b", "--missing", "--warm", "2") == [
-        ("a", "compiled", "channels last"), ("b", "compiled", "channels last")
-    ]  # fmt: skip
-    assert [(job.name, *rest) for job, *rest in warmed] == [(name, "channels last", "default") for name in "ab"]
+    compiled = [(name, way, "channels last") for way in ("compiled", "graphs") for name in "ab"]
+    assert run("a", "b", "--missing", "--warm", "2") == compiled
+    assert [(job.name, job.way, layout) for job, layout in warmed] == compiled
     assert run("a", "b", "--missing") == [("b", "compiled", "channels last")]
     assert run("a", "--seconds", "-1") == []
     lines = (tmp_path / "models.md").read_text().splitlines()
     assert [line for line in lines if line.startswith(("| a |", "| b |"))] == [
-        "| a | 1 (1.0) | 1 (1.0) | - | - | inference channels last | 0.000 | - |",
-        "| b | 1 (1.0) | too hard | - | - | inference channels last | 0.000 | - |",
+        "| a | 1 (1.0) | 1 (1.0) | 1 (1.0) | - | - | - | inference channels last | 0.000 | - |",
+        "| b | 1 (1.0) | too hard | 1 (1.0) | - | - | - | inference channels last | 0.000 | - |",
     ]
 
 
@@ -372,8 +371,8 @@ def test_models_report(bench_models):
     rows["swin"] = {"training eager": {**result, "exact": 0.0000123}}
     text = bench_models.report({"224": {"batch": {"inference": 256}, "rows": rows}}, "v")
     assert text.splitlines()[-2:] == [
-        "| nat_tiny | 12,346 (3.2) | out of memory | - | - | inference channels last | 0.012 | - |",
-        "| swin | - | - | 12,346 (3.2) | - | training channels last | 0.012 | 1.2e-05 |",
+        "| nat_tiny | 12,346 (3.2) | out of memory | - | - | - | - | inference channels last | 0.012 | - |",
+        "| swin | - | - | - | 12,346 (3.2) | - | - | training channels last | 0.012 | 1.2e-05 |",
     ]
     assert "224 x 224 pixels, inference at batch 256" in text
 

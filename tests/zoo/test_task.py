@@ -98,11 +98,12 @@ def test_predictions(trained, tmp_path):
 
 def test_flags_of_speed_and_memory_change_no_result(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compiled.append((self, mode)))
     colour = dict(model_name="test_vit", num_classes=4, model_args={"img_size": 32})
     plain = Classification(**colour)
     task = Classification(**colour, compile=True, channels_last=True, grad_checkpointing=True)
-    assert compiled == [task.model]
+    again = Classification(**colour, compile="reduce-overhead")
+    assert compiled == [(task.model, None), (again.model, "reduce-overhead")]
     assert task.hparams == plain.hparams  # a checkpoint does not say how it was run
     task.load_state_dict(plain.state_dict())
     seen = []
