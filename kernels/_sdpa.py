@@ -29,11 +29,16 @@ torch.library.define("zoo::aligned_rows", "(Tensor x) -> Tensor")
 
 
 @torch.library.impl("zoo::aligned_rows", "CompositeExplicitAutograd")
-@torch.library.register_fake("zoo::aligned_rows")
 def _aligned_rows(x: Tensor) -> Tensor:
-    """A copy whose rows are contiguous, and start at multiples of `ALIGNMENT`."""
-    row = (x.shape[-1] + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    return x.new_empty(*x.shape[:-1], row)[..., : x.shape[-1]].copy_(x)
+    return _like_aligned_rows(x).copy_(x)
+
+
+@torch.library.register_fake("zoo::aligned_rows")
+def _like_aligned_rows(x: Tensor) -> Tensor:
+    """Memory of the shape of `x`, of contiguous rows that start at multiples of `ALIGNMENT`."""
+    columns = x.shape[-1]
+    row = (columns + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    return x.new_empty(*x.shape[:-1], row).narrow(-1, 0, columns)
 
 
 torch.library.register_autograd("zoo::aligned_rows", lambda ctx, grad: grad)
