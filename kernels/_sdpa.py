@@ -18,27 +18,17 @@ def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
     bias = bias.to(query.dtype)
     if not torch.jit.is_scripting():
-        # Inductor may store the columns of a bias it makes one after another, which the kernel of the gradient refuses.
-        if bias.is_cuda and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            bias = torch.ops.zoo.aligned_rows(bias)
+        if bias.is_cuda and torch.compiler.is_dynamo_compiling():
+            bias = aligned_rows(bias)
     # Of four axes, or torch would not take a fused kernel on the CPU.
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0), scale=scale)
 
 
-torch.library.define("zoo::aligned_rows", "(Tensor x) -> Tensor")
+def aligned_rows(bias: Tensor) -> Tensor:
+    """The same with aligned rows, and some memory between them.
 
-
-@torch.library.impl("zoo::aligned_rows", "CompositeExplicitAutograd")
-def _aligned_rows(x: Tensor) -> Tensor:
-    return _like_aligned_rows(x).copy_(x)
-
-
-@torch.library.register_fake("zoo::aligned_rows")
-def _like_aligned_rows(x: Tensor) -> Tensor:
-    """Memory of the shape of `x`, of contiguous rows that start at multiples of `ALIGNMENT`."""
-    columns = x.shape[-1]
-    row = (columns + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    return x.new_empty(*x.shape[:-1], row).narrow(-1, 0, columns)
-
-
-torch.library.register_autograd("zoo::aligned_rows", lambda ctx, grad: grad)
+    In models with convolutions, Inductor stores whatever is dense and has four axes channels last, also what torch pads
+    a bias to; the kernel of the gradient refuses that.
+    """
+    columns = bias.shape[-1]
+    return F.pad(bias, (0, ALIGNMENT - columns % ALIGNMENT))[..., :columns]

@@ -92,8 +92,8 @@ def pool_agents(query: Tensor, side: int) -> Tensor:
             return handle_torch_function(pool_agents, (query,), query, side)
         _check_pooling(query, side)
         # On a GPU adaptive pooling has no deterministic gradient, and gives an image of any size to one block of
-        # threads. Few file formats have it.
-        if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_exporting() or _is_large(query):
+        # threads. Few file formats have it, and compilers leave it as it is.
+        if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling() or _is_large(query):
             return _pool_by_products(query, side)
     heads, dim = query.shape[3], query.shape[4]
     pooled = F.adaptive_avg_pool2d(query.flatten(3).permute(0, 3, 1, 2), side)

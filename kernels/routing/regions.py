@@ -73,7 +73,8 @@ def affinities(query_means: Tensor, key_means: Tensor, scale: float) -> Tensor:
 
 def choose(affinity: Tensor, topk: int) -> Tensor:
     """Numbers of the regions of the largest affinity, largest first, ties in order: [batch, regions, topk]."""
-    if torch.compiler.is_exporting():  # ONNX has no stable sort; ties are in order in its own operator
+    # ONNX has no stable sort; ties are in order in its own operator. (To torch 2.11 compiling is exporting, too.)
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return affinity.topk(topk, dim=-1).indices
     return affinity.sort(dim=-1, descending=True, stable=True).indices[..., :topk].contiguous()
 
