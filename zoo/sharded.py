@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from zoo.errors import UserError
 from zoo.task import Classification
 
-LEAST = 2**22  # parameters that are worth gathering by themselves
+LEAST = 2**20  # parameters that are worth gathering by themselves
 
 
 class ShardedClassification(Classification):
