@@ -266,6 +266,27 @@ def test_a_random_problem(check_kernels):
     assert [w.split(":")[0] for w in check_kernels.compare(*problem, ours=ours)[1]] == ["key"]
 
 
+def test_drawing_again(check_kernels, monkeypatch):
+    """Beyond the rule once is judged with other draws; beyond it in all of them, or not the same twice, is wrong."""
+    shape, kind = (1, 6, 7, 3, 8), {**check_kernels.kind_of(3, bias=True, dim=8, dtype=torch.bfloat16), "lse": True}
+    draws, shares, wrong = check_kernels.check_problem(shape, kind, 5)
+    assert (draws, wrong) == (1, []) and 0 < shares["rel_pos_bias"] <= 1
+
+    def draw(error, of_plain):
+        exact = torch.zeros(4, dtype=torch.double)
+        return [[x, *[None] * 7] for x in (exact.float() + error, exact.float() + of_plain, exact)]
+
+    for errors, repeats, expected in (
+        ([(0.3, 0.1), (0.1, 0.2)], True, (2, [])),
+        ([(0.3, 0.1)] * 8, True, (8, ["out"])),
+        ([(0.1, 0.1)], False, (1, ["does not repeat"])),
+    ):
+        results = iter([(draw(*error), repeats) for error in errors])
+        monkeypatch.setattr(check_kernels, "draw_problem", lambda *_, results=results: next(results))
+        draws, _, wrong = check_kernels.check_problem(shape, kind, 5)
+        assert (draws, [w.split(":")[0] for w in wrong]) == expected
+
+
 def test_named_checks(check_kernels, capsys):
     wanted = ["infinities", "export", "empty"]
     lines, failed = check_kernels.run_checks(wanted)
