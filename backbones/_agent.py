@@ -168,6 +168,8 @@ def _resize_map(x: Tensor, height: int, width: int, mode: str = "bilinear") -> T
     # To its own size, which a symbol may be, the map is stretched to itself.
     if not is_symbol(height) and not is_symbol(width) and x.shape[-2] == height and x.shape[-1] == width:
         return x
+    if x.is_cuda and mode == "bilinear":  # channels first, one thread would make a place of all maps, one by one
+        x = x.contiguous(memory_format=torch.channels_last)
     return F.interpolate(x, size=(height, width), mode=mode, align_corners=False)
 
 

@@ -26,7 +26,7 @@ def agent_attention(
         query_bias = query_bias.to(query.dtype).contiguous()
     q, k, v, a = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), agent.transpose(1, 2)
     keys = k.shape[2]
-    if k.is_cuda and not is_symbol(keys) and keys >= 2048:
+    if k.is_cuda and not is_symbol(keys) and keys >= 2048 and keys % 8 == 0:  # rows of other lengths make products slow
         gathered = gather_in_parts(a, k, v, agent_bias, scale, 1024 if keys % 1024 == 0 else keys)
     else:
         gathered = biased_attention(a, k, v, agent_bias, scale)
