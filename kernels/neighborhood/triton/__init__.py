@@ -76,6 +76,11 @@ class _Signature(NamedTuple):
         return self.dtype == torch.float32
 
     @property
+    def of_sums(self) -> torch.dtype:
+        """In which what programs leave is summed up."""
+        return torch.float64 if self.exact else torch.float32
+
+    @property
     def span(self) -> int:
         """Most keys that a tile of 8 queries meets along an axis: what the best tile sizes depend on."""
         return max(min(k + 7, -(-n // d)) for n, k, d in zip(self.shape[1:3], self.kernel_size, self.dilation))
@@ -357,7 +362,7 @@ def _bias_gradient(
     d_unrolled = lse.new_empty(sums.parts if has_bias else 0, sums.heads, sums.pairs)
     starts = lse.new_empty(rows, dtype=torch.int32)
     if has_bias:
-        folded = lse.new_empty(p.heads, rows, walk.options["TILE_Y"], *p.bias.shape[1:])
+        folded = lse.new_empty(p.heads, rows, walk.options["TILE_Y"], *p.bias.shape[1:], dtype=p.signature.of_sums)
     for first in range(0, p.heads, sums.heads):
         some = min(sums.heads, p.heads - first)
         launch(
@@ -444,5 +449,5 @@ def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tens
         {"BLOCK_E": block_e, "BLOCK_N": block_n, "num_stages": 2}
         | {name: options[name] for name in ("dim", "BLOCK_D", "EVEN_D", "EXACT", "PRECISION")},
     )
-    d_extra_key, d_extra_value = (part.sum(0).to(extra_key.dtype) for part in sums)
+    d_extra_key, d_extra_value = (part.sum(0, dtype=p.signature.of_sums).to(extra_key.dtype) for part in sums)
     return d_extra_key, d_extra_value

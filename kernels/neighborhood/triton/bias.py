@@ -322,7 +322,7 @@ def gradient_kernel(
 def fold_kernel(
     d_unrolled,  # as `gradient_kernel` leaves it
     starts,
-    sums,  # [some heads, rows, TILE_Y, 2 * KERNEL_Y - 1, 2 * KERNEL_X - 1] float32
+    sums,  # [some heads, rows, TILE_Y, 2 * KERNEL_Y - 1, 2 * KERNEL_X - 1], of the dtype to sum in
     layout,
     height,
     width,
@@ -372,7 +372,7 @@ def fold_kernel(
     inside = inside & (place_y + 0 * place_x >= 0) & (place_y + 0 * place_x < blocks_y * BLOCK_Y)
     block = place_y // BLOCK_Y * blocks_x + place_x // BLOCK_X
     pair = (block * M + query_y * TILE_X + query_x[:, None]) * N + place_y % BLOCK_Y * BLOCK_X + place_x % BLOCK_X
-    acc = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_P, BLOCK_O], dtype=sums.dtype.element_ty)
     for first in range(first_part, last_part, BLOCK_P // TILE_X):
         part = first + i // TILE_X
         at = (part.to(tl.int64) * some_heads + head) * (blocks_y * blocks_x * M * N)
