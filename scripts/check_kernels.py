@@ -115,11 +115,15 @@ def compare(
 ) -> tuple[dict[str, float], list[str]]:
     """FlashAttention's rule on the output and every gradient of one call."""
     ours = ours or attend_and_differentiate(window, inputs, grad_out, grad_lse, backend=BACKEND, **options)
-    plain, exact = (
+    return flash_rule(ours, *in_plain_torch(window, inputs, grad_out, grad_lse, **options))
+
+
+def in_plain_torch(window: Window, inputs, grad_out, grad_lse=None, **options) -> list[list[Tensor | None]]:
+    """What one call gives in plain torch, in the dtype of the inputs and in float64."""
+    return [
         plain_attention(window, inputs, grad_out, grad_lse, dtype=dtype, most=2**24, **options)
         for dtype in (inputs[0].dtype, torch.double)
-    )
-    return flash_rule(ours, plain, exact)
+    ]
 
 
 @contextmanager
@@ -144,8 +148,7 @@ def draw_problem(shape, kind: dict, seed: int) -> tuple[tuple[list[Tensor | None
     problem = kind["window"], inputs, grad_out, grad_lse
     ours, again = (attend_and_differentiate(*problem, backend=BACKEND) for _ in range(2))
     repeats = all(a is None or torch.equal(a, b) for a, b in zip(ours, again))
-    plain, exact = (plain_attention(*problem, dtype=dtype, most=2**24) for dtype in (kind["dtype"], torch.double))
-    return (ours, plain, exact), repeats
+    return (ours, *in_plain_torch(*problem)), repeats
 
 
 def check_problem(shape, kind: dict, seed: int) -> tuple[int, dict[str, float], list[str]]:
