@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,7 @@ ALLOWED = {"float32": 2e-3, "bfloat16": 0.02, "float16": 0.01}
 LEVELS = {4: (2, (1, 8)), 8: (4, (1, 4)), 16: (8, (1, 2)), 32: (16, (1,))}
 KERNEL_SIZE, HEAD_DIM = 7, 32
 
+KEYS = "call", "name", "image size"  # what a row is of
 NAMES = "query", "key", "value", "rel_pos_bias", "extra_key", "extra_value"
 L2_BYTES = 2**26  # no GPU that we measured has more
 FLEX_BLOCK = 128  # FlexAttention's default
@@ -58,7 +60,7 @@ class Settings(NamedTuple):
 
 
 def run_bench(models: list[str], operators: bool, output: str | None, settings: Settings) -> None:
-    """Measure row by row, print a table, and write ``bench.csv`` and ``bench.png`` into the folder ``output``."""
+    """Measure row by row, print each to stderr, then a table, and write it as CSV and picture into ``output``."""
     if not models and not operators:
         raise UserError("nothing to measure: give names of models, or --kernels")
     for name in ("batch_size", "image_size", "seconds"):
@@ -69,12 +71,17 @@ def run_bench(models: list[str], operators: bool, output: str | None, settings: 
     check_device(settings.device)
     warnings.filterwarnings("ignore", module="torch")  # of compilers and peers, of no use to the reader
     torch.backends.cudnn.benchmark = True
-    print(about(settings))
+    print(about(settings), flush=True)
     for name, measured, figures in (
         ("models", (bench_model(model, settings) for model in models), MODEL_FIGURES),
         ("kernels", bench_kernels(settings) if operators else (), KERNEL_FIGURES),
     ):
-        rows = list(measured)
+        rows = []
+        for row in measured:
+            rows.append(row)
+            words = [row[key] for key in KEYS if key in row]
+            words += [f"{figure} {form.format(row[figure])}" for figure, form in figures.items() if figure in row]
+            print("  ".join([*words, row.get("note", "")]).rstrip(), file=sys.stderr, flush=True)
         if rows:
             report(name, rows, figures, settings, None if output is None else Path(output))
 
@@ -139,7 +146,10 @@ def bench_model(name: str, settings: Settings) -> dict[str, Any]:
         with torch.inference_mode():
             exact = copy.deepcopy(model).double()(two.double())
         model = model.to(device)
-        call = torch.compile(model, mode=settings.compile) if settings.compile else model
+        call = model
+        if settings.compile:
+            torch.compiler.reset()  # after other models torch makes shapes dynamic, and in the end does not compile
+            call = torch.compile(model, mode=settings.compile)
 
         @torch.inference_mode()
         def run(images: Tensor) -> Tensor:
@@ -298,7 +308,8 @@ def time_flex(qkv: list[Tensor], dilation: int, grad_out: Tensor, settings: Sett
     try:
         mask = neighborhood_mask(height, width, (KERNEL_SIZE, KERNEL_SIZE))
         blocks = block_mask(mask, height * width, height * width, settings.device)
-        compiled = torch.compile(flex_attention, dynamic=False)
+        torch.compiler.reset()  # after a few problems torch would run the next ones uncompiled
+        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # or an error
         inputs = [by_class(x.detach(), (dilation, dilation)).requires_grad_() for x in qkv]
         forward = lambda *x: compiled(*x, block_mask=blocks)  # noqa: E731
         expected = neighborhood_attention_2d(*(x.detach() for x in qkv), KERNEL_SIZE, dilation)
@@ -476,7 +487,7 @@ def report(
     from rich.markup import escape
     from rich.table import Table
 
-    keys = [key for key in ("call", "name", "image size") if any(key in row for row in rows)]
+    keys = [key for key in KEYS if any(key in row for row in rows)]
     table = Table(*keys, *figures, "note", title=name, title_justify="left")
     for column in table.columns[len(keys) : -1]:
         column.justify = "right"

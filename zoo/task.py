@@ -21,6 +21,8 @@ from zoo.checkpoints import read_checkpoint
 from zoo.errors import UserError
 from zoo.evaluation import Evaluation, accuracies
 
+CUDA_GRAPHS = "reduce-overhead", "max-autotune"  # the modes of torch.compile that make some
+
 
 class Classification(LightningModule):
     """Train a timm model with linear warm-up and a cosine schedule.
@@ -75,6 +77,7 @@ class Classification(LightningModule):
         if compile:
             # In place, so that the names of the weights stay.
             self.model.compile(mode=None if compile is True else compile)
+        self.cuda_graphs = compile in CUDA_GRAPHS
         self.lr = lr
         self.min_lr = min_lr
         self.optimizer = optimizer
@@ -115,6 +118,14 @@ class Classification(LightningModule):
             loss = F.cross_entropy(self(images), targets)
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(labels))
         return loss
+
+    def on_after_backward(self) -> None:
+        # What a CUDA graph gives becomes .grad where it lies, and the graph's next replay overwrites it: too soon while
+        # batches are accumulated. So copy, by few kernels. Gradients of sharded weights, DTensors, are FSDP's own.
+        params = [x for x in self.parameters() if type(x.grad) is Tensor] if self.cuda_graphs else []
+        if params:
+            for x, grad in zip(params, torch._foreach_mul([x.grad for x in params], 1)):
+                x.grad = grad
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         self._evaluate(batch, self.val_evaluation)

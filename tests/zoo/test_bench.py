@@ -1,13 +1,17 @@
 """`zoo bench`: nothing is timed before it was found right, and figures are of what they say."""
 
 import csv
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torch._dynamo
+from torch.nn.attention import flex_attention
 
 import zoo.bench
-from zoo.bench import Settings, bench_call, bench_model, peak_bytes, relative_error, scatter_weights
+import zoo.task
+from zoo.bench import Settings, bench_call, bench_model, peak_bytes, relative_error, scatter_weights, time_flex
 from zoo.cli import main
 
 CPU = Settings("cpu", seconds=0.0)
@@ -29,7 +33,22 @@ def test_models(capsys, monkeypatch, tmp_path):
         assert float(row["images/s"]) > 0 and float(row["latency ms"]) > 0
         assert row["image size"] == "64x64" and row["batch_size"] == "3" and not row["note"]
     assert (tmp_path / "new" / "models.png").stat().st_size > 1000
-    assert "test_vit" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "test_vit" in printed.out
+    assert [line.split("  ")[0] for line in printed.err.splitlines()] == ["test_dinat", "test_vit"]
+
+
+def test_rows_are_printed_as_they_are_measured(capsys, monkeypatch):
+    printed = []
+
+    def measure(name, *_):
+        printed.append(capsys.readouterr().err)
+        return {"name": name, "latency ms": 1234.567, "note": "seen"}
+
+    monkeypatch.setattr(zoo.bench, "bench_model", measure)
+    monkeypatch.setattr(zoo.bench, "bench_kernels", lambda _: (measure(name) for name in ("c", "d")))
+    assert main(["bench", "a", "b", "--kernels", "--device", "cpu"]) == 0
+    assert printed == ["", "a  latency ms 1,234.57  seen\n", "b  latency ms 1,234.57  seen\n", "c  seen\n"]
 
 
 def test_a_model_that_is_wrong_has_no_figures(monkeypatch):
@@ -73,6 +92,60 @@ def test_a_kernel_that_is_wrong_has_no_times(monkeypatch):
     row = next(bench_call((1, 8, 8, 1, 32), 1, CPU))
     assert row["note"].startswith("not timed: out: ") and "key: " in row["note"] and "value: " not in row["note"]
     assert "forward ms" not in row
+
+
+def test_every_model_is_compiled(monkeypatch):
+    uncompiled = []
+
+    class Layers(torch.nn.Sequential):
+        def forward(self, images):
+            if not torch.compiler.is_compiling():
+                uncompiled.append(images.dtype)
+            return super().forward(images)
+
+    monkeypatch.setattr(zoo.task, "create_model", lambda name, *_: Layers(*[torch.nn.Conv2d(3, 3, 1)] * int(name)))
+    monkeypatch.setattr(torch, "compile", lambda model, mode, compile=torch.compile: compile(model, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=3):  # a model takes two, of the batch and of one image
+        rows = [bench_model(str(depth), CPU._replace(compile="default", batch_size=2)) for depth in (1, 2, 3)]
+    assert all(row["images/s"] > 0 and row["latency ms"] > 0 for row in rows), rows
+    assert uncompiled == [torch.float64] * 3  # what is compared with
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The shapes of FlexAttention's calls that are not compiled, while it can be differentiated on the CPU."""
+    called = []
+
+    def attention(query, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            called.append(query.shape)
+        return flex_attention.flex_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(zoo.bench, "flex_attention", attention)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    return called
+
+
+def flex_row(side):
+    qkv = [torch.randn(1, side, side, 1, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    return time_flex(qkv[:3], 1, qkv[3], CPU)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of FlexAttention, by a backend that does not compile its kernel
+def test_every_flex_attention_is_compiled(uncompiled):
+    with torch._dynamo.config.patch(recompile_limit=3):  # a problem takes two, without and with gradients
+        rows = [flex_row(side) for side in (7, 8, 9)]
+    assert all(row["forward ms"] > 0 and row["with gradients ms"] > 0 for row in rows), rows
+    assert not uncompiled
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_flex_attention_that_is_not_compiled_has_no_times(uncompiled):
+    with torch._dynamo.config.patch(recompile_limit=1):
+        row = flex_row(7)
+    assert list(row) == ["note"] and row["note"].startswith("not timed: FailOnRecompileLimitHit: ")
+    assert not uncompiled
 
 
 def test_peak_memory(capfd):

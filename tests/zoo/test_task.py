@@ -118,6 +118,39 @@ def test_flags_of_speed_and_memory_change_no_result(monkeypatch):
         torch.testing.assert_close(value.grad, same.grad, msg=name)
 
 
+@pytest.mark.parametrize("mode", [False, True, "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"])
+def test_gradients_outlive_the_replay_of_a_cuda_graph(monkeypatch, tmp_path, mode):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: None)
+    memory = {}
+
+    def overwrite(*_):
+        for x in memory.values():
+            x.fill_(math.nan)
+
+    def train(replayed):
+        torch.manual_seed(0)
+        task = Classification(**SMALL, lr=3e-3, compile=mode)
+        task.model.norm.requires_grad_(False)
+        if replayed:  # as by a graph, gradients come in the same memory each time, which a forward pass overwrites
+            for name, x in task.model.named_parameters():
+                if x.requires_grad:
+                    memory[name] = torch.empty_like(x)
+                    x.register_hook(lambda grad, at=memory[name]: torch.empty(0).set_(at.copy_(grad)))
+            task.model.register_forward_pre_hook(overwrite)
+        trainer(tmp_path, accumulate_grad_batches=2, max_epochs=2, enable_checkpointing=False).fit(task, loader(32))
+        return task.model
+
+    plain, model = train(False), train(True)
+    graphs = mode in ("reduce-overhead", "max-autotune")
+    for (name, x), same in zip(model.named_parameters(), plain.parameters()):
+        assert torch.equal(x, same) == (graphs or not x.requires_grad), name
+        if x.requires_grad:  # where there are no graphs, nothing is copied
+            assert (x.grad.data_ptr() == memory[name].data_ptr()) != graphs, name
+            assert x.grad.stride() == x.stride(), name
+        else:
+            assert x.grad is None, name
+
+
 def test_mixing(tmp_path):
     torch.manual_seed(0)
     task = Classification(**SMALL, mixup=0.8, cutmix=1.0)
