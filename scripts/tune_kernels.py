@@ -33,6 +33,7 @@ PROBLEMS = [
     (1, 128, 128, 24, 128, 16, 4, False),
     (1, 128, 128, 24, 128, 32, 1, False),
     (1, 256, 256, 24, 128, 80, 1, False),
+    (128, 14, 14, 8, 32, 14, 1, True),
 ]
 KEYS = ("kernel", "bias", "dim", "span")  # what an entry of the table is for
 KERNELS = ("forward", "query", "key_value", "bias")
@@ -41,7 +42,7 @@ DEFAULT = Config(4, 8, 2, 16, 2, 1)
 
 def span(problem) -> int:
     """What `tuning.config` goes by."""
-    return min(problem[5] + 7, -(-problem[1] // problem[6]))
+    return tuning.span(problem[1:3], (problem[5],) * 2, (problem[6],) * 2)
 
 
 def candidates(kernel: str, dim: int, span: int) -> list[Config]:
@@ -50,7 +51,7 @@ def candidates(kernel: str, dim: int, span: int) -> list[Config]:
         tiles = [(8, 8), (4, 8), (2, 8)] if kernel == "forward" else [(8, 8)]
         blocks = [(8, 8)]
     elif dim <= 64:
-        tiles = [(8, 8), (4, 8), (2, 8)] if span <= 16 else [(16, 4), (8, 4), (4, 4)]
+        tiles = [(8, 8), (4, 8), (2, 8)] if span <= 16 else [(16, 4), (8, 4), (4, 8), (4, 4)]
         blocks = [(2, 16), (4, 16), (8, 16), (16, 16)]
     else:
         tiles = [(8, 8), (8, 16), (16, 8), (16, 16)] if kernel != "key_value" else [(8, 8), (8, 16), (16, 8)]

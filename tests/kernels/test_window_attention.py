@@ -215,7 +215,9 @@ def test_who_takes_triton(monkeypatch):
 
     assert takes()
     assert takes(8)
-    assert not takes(14)
+    assert takes(14)
+    assert not takes(14, dim=64, value_dim=64)
+    assert not takes(16)
     assert not takes(dtype=torch.float32)
     assert not takes(dim=256, value_dim=256)
     assert not takes(shift=3)

@@ -31,12 +31,23 @@ class Config(NamedTuple):
         return self.tile_options() | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+SMALL = 8  # members of a class that one tile holds
 WIDE = Config(4, 8, 2, 16, 4, 1)  # for float32 and the largest head dimensions
+
+
+def span(size: tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]) -> int:
+    """What the best tile sizes depend on: how many keys a tile of 8 queries meets along an axis, at most.
+
+    Where a window covers its class these are fewer than said here, but as many for each query. A class that one tile
+    holds is told apart by its length.
+    """
+    lengths = [-(-n // d) for n, d in zip(size, dilation)]
+    return max(n if n <= SMALL else k + 7 for n, k in zip(lengths, kernel_size))
 
 
 def default(kernel: str, dim: int, span: int) -> Config:
     """Tile sizes that fit every GPU."""
-    if span <= 8:
+    if span <= SMALL:
         return Config(8, 8, 8, 8, 4, 1)
     if dim > 64:
         return Config(4, 8, 2, 16, 2, 1) if kernel == "bias" else Config(8, 8, 4, 16, 4, 2)
@@ -59,18 +70,18 @@ def _capability(device: torch.device) -> str:
 def config(kernel: str, span: int, dim: int, dtype: torch.dtype, has_bias: bool, device: torch.device) -> Config:
     """Tile sizes for one kernel: "forward", "query", "key_value" or "bias".
 
-    `span` is how many keys a tile of 8 queries meets along an axis, at most.
+    `span` is that of the function of this name.
     """
     if dtype.itemsize > 2 or dim > 128:
         return WIDE
-    small = span <= 8  # one tile holds a whole class
+    small = span <= SMALL
     # The entry of the nearest span among those of the smallest head dimension that holds `dim`.
     entries = [
         entry
         for entry in _table().get(_capability(device), [])
         if entry["kernel"] == kernel
         and entry["dim"] >= dim
-        and (entry["span"] <= 8) == small
+        and (entry["span"] <= SMALL) == small
         and (entry["bias"] == has_bias or (kernel == "bias" and not small))
     ]
     if not entries:
