@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from zoo.backbones._backbone import Backbone, Stage, Stages, TransformerBlock, any_padding, get_norm_layer
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
-from zoo.kernels import neighborhood_attention_2d
+from zoo.kernels import neighborhood_attention_2d_qkvpacked
 from zoo.kernels._symbols import crop
 
 __all__ = ["Nat", "NeighborhoodAttention", "NeighborhoodBlock"]
@@ -101,15 +101,15 @@ class NeighborhoodAttention(AdaptedLoading, nn.Module):
         if any_padding(pad_h, pad_w):
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
 
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         if torch.jit.is_scripting():
             x = torch.ops.zoo.neighborhood_attention_2d(
-                query, key, value, self.rpb, None, None,
+                qkv, None, None, self.rpb, None, None,
                 self.kernel_size, self.dilation, (1, 1), (False, False), self.scale,
             )[0]  # fmt: skip
         else:
-            x = neighborhood_attention_2d(
-                query, key, value, self.kernel_size, self.dilation, rel_pos_bias=self.rpb, scale=self.scale
+            x = neighborhood_attention_2d_qkvpacked(
+                qkv, self.kernel_size, self.dilation, rel_pos_bias=self.rpb, scale=self.scale
             )
         x = x.flatten(3)
 

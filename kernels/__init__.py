@@ -3,7 +3,11 @@
 from zoo.kernels.agent import agent_attention, pool_agents
 from zoo.kernels.circular import circular_attention_2d
 from zoo.kernels.halo import halo_attention_2d
-from zoo.kernels.neighborhood import explain_backend, neighborhood_attention_2d
+from zoo.kernels.neighborhood import (
+    explain_backend,
+    neighborhood_attention_2d,
+    neighborhood_attention_2d_qkvpacked,
+)
 from zoo.kernels.routing import routing_attention_2d
 from zoo.kernels.window import window_attention_2d
 
@@ -13,6 +17,7 @@ __all__ = [
     "explain_backend",
     "halo_attention_2d",
     "neighborhood_attention_2d",
+    "neighborhood_attention_2d_qkvpacked",
     "pool_agents",
     "routing_attention_2d",
     "window_attention_2d",

@@ -24,6 +24,7 @@ OPERATORS = (
     kernels.circular_attention_2d,
     kernels.halo_attention_2d,
     kernels.neighborhood_attention_2d,
+    kernels.neighborhood_attention_2d_qkvpacked,
     kernels.routing_attention_2d,
     kernels.window_attention_2d,
 )
@@ -278,6 +279,9 @@ def _as_map_call(
         operator = dense_attention
     else:
         options = inspect.signature(operator).bind(*args, **kwargs).arguments
+    if operator is kernels.neighborhood_attention_2d_qkvpacked:
+        options |= dict(zip(("query", "key", "value"), options.pop("qkv").unbind(3)))
+        operator = kernels.neighborhood_attention_2d
     sequence, label = operator in (dense_attention, kernels.agent_attention), _in_words(operator, options)
     value = options.pop("value")
     call = partial(operator, **options)

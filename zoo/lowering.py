@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.halo import reference as halo
 from zoo.kernels.neighborhood import symbolic as neighborhood
+from zoo.kernels.neighborhood.ops import unpacked
 from zoo.kernels.routing import reference as routing
 
 
@@ -33,6 +34,7 @@ def _neighborhood_attention_2d(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if extra_key is not None or tuple(stride) != (1, 1) or any(is_causal) or radius > 0:
         raise NotImplementedError("neighborhood attention with extra tokens, strided, causal or circular")
+    query, key, value = unpacked(query, key, value)
     return neighborhood.neighborhood_attention_2d(query, key, value, rel_pos_bias, kernel_size, dilation, scale)
 
 

@@ -1,12 +1,21 @@
-"""The public function: checks its arguments."""
+"""The public functions: they check their arguments."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.kernels._checks import check_backend, check_bias, check_maps, pair, positive_pair, resolve_scale
+from zoo.kernels._checks import (
+    check_backend,
+    check_bias,
+    check_maps,
+    check_tensors,
+    pair,
+    positive_pair,
+    resolve_scale,
+)
 from zoo.kernels.neighborhood import natten
 from zoo.kernels.neighborhood.dispatch import attend
+from zoo.kernels.neighborhood.ops import unpacked
 
 BACKENDS = ("auto", "reference", "tiled", "triton", "natten")
 
@@ -71,22 +80,61 @@ def neighborhood_attention_2d(
         ImportError: `backend` is not installed.
     """
     check_maps(query, key, value, extra_key, extra_value)
+    inputs = query, key, value, rel_pos_bias, extra_key, extra_value
+    return _attend(query, inputs, kernel_size, dilation, stride, is_causal, scale, return_lse, backend)
+
+
+def neighborhood_attention_2d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    stride: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+    *,
+    rel_pos_bias: Tensor | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`neighborhood_attention_2d` of queries, keys and values that are one tensor, as one linear layer makes them.
+
+    Their gradient is one tensor as well, which "triton" writes in place. Of three tensors it would be put together from
+    three, which takes as long as reading and writing it once more.
+
+    Args:
+        qkv: [batch, height, width, 3, heads, head_dim], float16, bfloat16, float32 or float64, any strides.
+
+    The other arguments, what is returned and what is raised are those of `neighborhood_attention_2d`.
+    """
+    check_tensors(qkv=qkv)
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be [batch, height, width, 3, heads, head_dim], got shape {tuple(qkv.shape)}")
+    query = qkv.select(3, 0)
+    check_maps(query, query, query, extra_key, extra_value)
+    inputs = qkv, None, None, rel_pos_bias, extra_key, extra_value
+    return _attend(query, inputs, kernel_size, dilation, stride, is_causal, scale, return_lse, backend)
+
+
+def _attend(query, inputs, kernel_size, dilation, stride, is_causal, scale, return_lse, backend):
+    """What the public functions return, once maps and extra tokens were checked."""
     height, width = query.shape[1:3]
     kernel_size = positive_pair("kernel_size", kernel_size)
     dilation = positive_pair("dilation", dilation)
     stride = positive_pair("stride", stride)
     is_causal = pair("is_causal", is_causal, bool)
     _check_geometry((height, width), kernel_size, dilation, stride)
+    rel_pos_bias = inputs[3]
     if rel_pos_bias is not None:
         shape = query.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
         check_bias("rel_pos_bias", rel_pos_bias, query, shape, "[heads, 2 * kernel_size - 1 per axis]")
     scale = resolve_scale(scale, query)
     check_backend(backend, BACKENDS)
 
-    inputs = query, key, value, rel_pos_bias, extra_key, extra_value
     geometry = kernel_size, dilation, stride, is_causal
     if backend == "natten":
-        out, lse = natten.neighborhood_attention_2d(*inputs[:3], *geometry, *inputs[3:], scale)
+        out, lse = natten.neighborhood_attention_2d(*unpacked(*inputs[:3]), *geometry, *inputs[3:], scale)
         return (out, lse) if return_lse else out
     return attend(inputs, (*geometry, 0), scale, return_lse, backend)
 

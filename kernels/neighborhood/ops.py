@@ -1,7 +1,8 @@
 """Registered torch operators behind the public functions: compile, export, fx and TorchScript see one node.
 
 `zoo::neighborhood_attention_2d` takes the checked arguments of the public functions and returns the output and the
-log-sum-exp of the logits; `zoo::neighborhood_attention_2d_backward` is its gradient. `radius` > 0 cuts a circle out of
+log-sum-exp of the logits; `zoo::neighborhood_attention_2d_backward` is its gradient. Without key and value, the query
+holds all three, [batch, height, width, 3, heads, head_dim], and so does its gradient. `radius` > 0 cuts a circle out of
 windows of `2 * radius - 1`, which are then clipped at the borders. `backend` is "triton", "tiled", or "auto" for the
 first of them that can run the call.
 """
@@ -15,7 +16,7 @@ from zoo.kernels._autograd import register_gradient
 from zoo.kernels._launch import HAS_TRITON, device_of
 from zoo.kernels.neighborhood import tiled
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? rel_pos_bias, Tensor? extra_key, Tensor? extra_value"
+_INPUTS = "Tensor query, Tensor? key, Tensor? value, Tensor? rel_pos_bias, Tensor? extra_key, Tensor? extra_value"
 _OPTIONS = (
     "int[2] kernel_size, int[2] dilation, int[2] stride, bool[2] is_causal, float scale, int radius=0, "
     'str backend="auto"'
@@ -28,6 +29,11 @@ torch.library.define(
     f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+
+
+def unpacked(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, of which the first may hold all."""
+    return query.unbind(3) if key is None else (query, key, value)
 
 
 def why_not_triton(query: Tensor) -> str | None:
@@ -103,7 +109,7 @@ def _forward(
     radius=0,
     backend="auto",
 ):
-    inputs = query, key, value, rel_pos_bias, extra_key, extra_value
+    inputs = *unpacked(query, key, value), rel_pos_bias, extra_key, extra_value
     geometry = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal), radius
     return _run("forward", query, backend, *inputs, geometry, scale)
 
@@ -112,7 +118,9 @@ torch.library.impl("zoo::neighborhood_attention_2d", "CompositeExplicitAutograd"
 
 
 @torch.library.register_fake("zoo::neighborhood_attention_2d")
-def _forward_fake(query, *_):
+def _forward_fake(query, key, *_):
+    if key is None:
+        query = query.select(3, 0)
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=lse_dtype)
 
@@ -136,9 +144,9 @@ def _backward(
     radius=0,
     backend="auto",
 ):
-    inputs = query, key, value, rel_pos_bias, extra_key, extra_value
+    inputs = *unpacked(query, key, value), rel_pos_bias, extra_key, extra_value
     geometry = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal), radius
-    grads = _run("backward", query, backend, grad_out, grad_lse, *inputs, out, lse, geometry, scale)
+    grads = _run("backward", query, backend, grad_out, grad_lse, *inputs, out, lse, geometry, scale, key is None)
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 

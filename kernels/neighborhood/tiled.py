@@ -210,9 +210,24 @@ def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, s
 
 
 def backward(
-    grad_out, grad_lse, query, key, value, rel_pos_bias, extra_key, extra_value, out, lse, geometry, scale
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    rel_pos_bias,
+    extra_key,
+    extra_value,
+    out,
+    lse,
+    geometry,
+    scale,
+    packed=False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, rel_pos_bias, extra_key and extra_value (None where there is none)."""
+    """Gradients of query, key, value, rel_pos_bias, extra_key and extra_value (None where there is none).
+
+    If packed, the first is that of all three, [batch, height, width, 3, heads, dim].
+    """
     p = _Problem(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale)
     d_out = _heads_first(grad_out, p.dtype)
     # d logits = weights * (d weights - sum(weights * d weights)); the sum is out . d out, and lse adds its gradient.
@@ -254,10 +269,9 @@ def backward(
             d_extra_value[bh] += p.extra(weights[..., k_size:], bh).transpose(1, 2) @ p.extra(do, bh)
         d_query[bh].flatten(0, 1).index_copy_(0, q_rows, dq.flatten(0, 1))
 
+    grads = _heads_last(d_query * scale, query), _heads_last(d_key, key), _heads_last(d_value, value)
     return (
-        _heads_last(d_query * scale, query),
-        _heads_last(d_key, key),
-        _heads_last(d_value, value),
+        *((torch.stack(grads, 3), None, None) if packed else grads),
         None if d_bias is None else d_bias.view(rel_pos_bias.shape).to(rel_pos_bias.dtype),
         None if extra_key is None else _heads_last(d_extra_key, extra_key),
         None if extra_key is None else _heads_last(d_extra_value, extra_value),

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from golden_cases import list_cases, load_case, max_error
 from operators import assert_all_close, assert_error_at_most_twice, assert_matches, outputs_and_grads, random_inputs
-from zoo.kernels import neighborhood_attention_2d
+from zoo.kernels import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
 from zoo.kernels.neighborhood import reference, symbolic, tiled
 
 BACKENDS = ["reference", "tiled"]
@@ -406,6 +406,51 @@ def test_opcheck(bias, extra):
         torch.ops.zoo.neighborhood_attention_2d_backward.default,
         (torch.ones_like(out), torch.ones_like(lse), *inputs, out.detach(), lse.detach(), *args[6:]),
     )
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 2), ((6, 7), 1)])
+def test_packed(kernel_size, dilation, backend):
+    qkv, *others = random_inputs((2, 6, 7, 3, 2, 4), (2, 2, 4), (2, 2, 4), grad=False)
+    bias = random_inputs((2, *(2 * k - 1 for k in ((3, 3) if kernel_size == 3 else kernel_size))), grad=False)
+    extras = [x.unsqueeze(1) for x in others] if kernel_size == 3 else [None, None]
+    options = {"scale": 0.3, "return_lse": kernel_size == 3, "backend": backend}
+
+    def packed(qkv, bias, extra_key, extra_value):
+        return neighborhood_attention_2d_qkvpacked(
+            qkv, kernel_size, dilation, rel_pos_bias=bias, extra_key=extra_key, extra_value=extra_value, **options
+        )
+
+    def apart(qkv, bias, extra_key, extra_value):
+        return neighborhood_attention_2d(
+            *qkv.unbind(3), kernel_size, dilation,
+            rel_pos_bias=bias, extra_key=extra_key, extra_value=extra_value, **options,
+        )  # fmt: skip
+
+    inputs = [qkv, *bias, *extras]
+    for ours, expected in zip(outputs_and_grads(packed, inputs), outputs_and_grads(apart, inputs), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_packed_is_one_node():
+    qkv, bias = random_inputs((1, 5, 6, 3, 2, 4), (2, 5, 5))
+    torch.library.opcheck(
+        torch.ops.zoo.neighborhood_attention_2d.default,
+        (qkv, None, None, bias, None, None, (3, 3), (1, 1), (1, 1), (False, False), 0.5),
+    )
+    compiled = torch.compile(neighborhood_attention_2d_qkvpacked, fullgraph=True)
+    expected = outputs_and_grads(lambda x, b: neighborhood_attention_2d_qkvpacked(x, 3, rel_pos_bias=b), [qkv, bias])
+    assert_all_close(outputs_and_grads(lambda x, b: compiled(x, 3, rel_pos_bias=b), [qkv, bias]), expected, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 7, 2, 4), (2, 6, 7, 2, 2, 4)])
+def test_packed_refuses_other_shapes(shape):
+    with pytest.raises(
+        ValueError, match=re.escape(f"qkv must be [batch, height, width, 3, heads, head_dim], got shape {shape}")
+    ):
+        neighborhood_attention_2d_qkvpacked(torch.zeros(shape), 3)
+    with pytest.raises(TypeError, match=r"qkv must be a torch\.Tensor, got str"):
+        neighborhood_attention_2d_qkvpacked("qkv", 3)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 8])

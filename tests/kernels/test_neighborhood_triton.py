@@ -90,6 +90,19 @@ def test_circle(size, radius, extra):
     check(inputs, ((2 * radius - 1, 2 * radius - 1), (1, 1), (1, 1), (False, False), radius))
 
 
+@pytest.mark.parametrize("name", ["an interior", "one block, several images", "window over several blocks", "even"])
+def test_packed_gradients_are_the_same_numbers(name):
+    """One tensor of three parts, which each kernel writes with the strides of its part."""
+    inputs, geometry = make(CASES[name])
+    out, lse = triton.forward(*inputs, geometry, 0.3)
+    grads = triton.backward(out, None, *inputs, out, lse, geometry, 0.3)
+    packed, *others = triton.backward(out, None, *inputs, out, lse, geometry, 0.3, packed=True)
+    assert packed.is_contiguous()
+    assert torch.equal(packed, torch.stack(grads[:3], 3))
+    assert others[:2] == [None, None]
+    assert (others[2] is None and grads[3] is None) or torch.equal(others[2], grads[3])
+
+
 def test_through_the_public_function():
     """Any strides, in and out of autograd, and a gradient that is expanded."""
     inputs, _ = make(CASES["even"])

@@ -69,6 +69,7 @@ class _Signature(NamedTuple):
     device: torch.device
     has_bias: bool
     tf32: bool
+    packed: int  # 3 if the gradients of query, key and value are to be one tensor, else 1
 
     @property
     def exact(self) -> bool:
@@ -81,9 +82,14 @@ class _Signature(NamedTuple):
         return torch.float64 if self.exact else torch.float32
 
     @property
+    def block_e(self) -> int:
+        """Extra tokens taken at a time."""
+        return 64 if self.shape[-1] * self.dtype.itemsize <= 256 else 32
+
+    @property
     def span(self) -> int:
-        """Most keys that a tile of 8 queries meets along an axis: what the best tile sizes depend on."""
-        return max(min(k + 7, -(-n // d)) for n, k, d in zip(self.shape[1:3], self.kernel_size, self.dilation))
+        """What the best tile sizes depend on."""
+        return tuning.span(self.shape[1:3], self.kernel_size, self.dilation)
 
 
 class _Walk(NamedTuple):
@@ -162,8 +168,12 @@ def _walk(s: _Signature, kernel: str) -> _Walk:
         # The last block may stick out by all but one of its members.
         bits = max(r + b for r, b in zip(reach, (config.block_y, config.block_x))) <= 32
         options |= {"BIAS": mode.value, "BITS": bits}
+    if kernel in ("forward", "query"):
+        options["BLOCK_E"] = s.block_e
     if kernel == "forward":
         options["IMAGES"] = images
+    else:
+        options["PACKED"] = s.packed
     unroll_options = window_options | config.tile_options() | {"OF_KEYS": of_keys, "EXACT": s.exact}
     layout = (*most, *patterns, kinds[1], *blocks)
     return _Walk(programs, tiles, layout, shared, unrolled, options, unroll_options)
@@ -212,21 +222,21 @@ def _sums(s: _Signature, has_extra: bool) -> _Sums:
 class _Problem:
     """Arguments that every kernel takes."""
 
-    def __init__(self, query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale):
+    def __init__(self, query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale, packed=1):
         self.query, self.key, self.value = query, key, value
         self.batch, self.height, self.width, self.heads, self.dim = query.shape
         self.dilation = geometry[1]
         self.scale = scale
         self.bias = None if rel_pos_bias is None else rel_pos_bias.contiguous()
         self.extra = 0 if extra_key is None else extra_key.shape[1]
-        self.block_e = 64 if self.dim * query.element_size() <= 256 else 32  # extra tokens taken at a time
         self.inputs = query, query.stride(), key, key.stride(), value, value.stride()
         self.extras = None, None, None, None
         if self.extra > 0:
             extra_key, extra_value = extra_key.unsqueeze(2), extra_value.unsqueeze(2)
             self.extras = extra_key, extra_key.stride(), extra_value, extra_value.stride()
         tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        self.signature = _Signature(query.shape, *geometry, query.dtype, query.device, rel_pos_bias is not None, tf32)
+        has_bias = rel_pos_bias is not None
+        self.signature = _Signature(query.shape, *geometry, query.dtype, query.device, has_bias, tf32, packed)
 
     @property
     def shape(self):
@@ -264,28 +274,46 @@ def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, s
         _forward.forward_kernel,
         walk.programs,
         (*p.inputs, *p.bias_arguments(walk), *p.extras, out, lse, p.batch, *p.shape, p.extra, *p.dilation, scale),
-        {"BLOCK_E": p.block_e} | walk.options,
+        walk.options,
     )
     return out, lse
 
 
 def backward(
-    grad_out, grad_lse, query, key, value, rel_pos_bias, extra_key, extra_value, out, lse, geometry, scale
+    grad_out,
+    grad_lse,
+    query,
+    key,
+    value,
+    rel_pos_bias,
+    extra_key,
+    extra_value,
+    out,
+    lse,
+    geometry,
+    scale,
+    packed=False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, rel_pos_bias, extra_key and extra_value (None where there is none)."""
-    p = _Problem(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale)
-    contiguous = torch.contiguous_format
-    d_query, d_key, d_value = grads = tuple(torch.empty_like(query, memory_format=contiguous) for _ in range(3))
-    if d_query.numel() == 0:
+    """Gradients of query, key, value, rel_pos_bias, extra_key and extra_value (None where there is none).
+
+    If packed, the first is that of all three, [batch, height, width, 3, heads, dim].
+    """
+    p = _Problem(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, scale, 3 if packed else 1)
+    if packed:
+        d_qkv = query.new_empty(*query.shape[:3], 3, *query.shape[3:])
+        parts, grads = d_qkv.unbind(3), (d_qkv, None, None)
+    else:
+        parts = grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
+    if query.numel() == 0:
         d_others = (None if x is None else torch.zeros_like(x) for x in (rel_pos_bias, extra_key, extra_value))
         return *grads, *d_others
 
     shift = lse.new_empty(*lse.shape, 2) if p.signature.exact else torch.empty_like(lse)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     incoming = out.contiguous(), lse, grad_out, grad_lse, shift
-    d_bias, has_keys = _query_and_bias_gradients(p, *incoming, *grads)
+    d_bias, has_keys = _query_and_bias_gradients(p, *incoming, *parts)
     if not has_keys:
-        _key_value_gradients(p, lse, grad_out, shift, d_key, d_value)
+        _key_value_gradients(p, lse, grad_out, shift, *parts[1:])
     d_extra = (None, None) if extra_key is None else _extra_gradients(p, lse, grad_out, shift, extra_key)
     return *grads, d_bias, *d_extra
 
@@ -325,7 +353,7 @@ def _query_gradient(p: _Problem, out, lse, grad_out, grad_lse, shift, d_query) -
             *p.dilation,
             p.scale,
         ),
-        {"BLOCK_E": p.block_e} | walk.options,
+        walk.options,
     )
 
 
@@ -422,7 +450,7 @@ def _extra_gradients(p: _Problem, lse, grad_out, shift, extra_key) -> tuple[Tens
         return torch.zeros_like(extra_key), torch.zeros_like(extra_key)
     options = p.walk("query").options
     tokens = p.height * p.width
-    block_e, block_n = p.block_e, 64 if p.query.element_size() < 4 else 32
+    block_e, block_n = p.signature.block_e, 64 if p.query.element_size() < 4 else 32
     programs = p.batch * p.heads * -(-p.extra // block_e)
     parts = max(1, min(-(-EXTRA_PROGRAMS // programs), -(-tokens // (4 * block_n))))
     sums = lse.new_empty(2, parts, *extra_key.shape)

@@ -77,6 +77,7 @@ def query_kernel(
     dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
     EXACT: tl.constexpr,
@@ -191,8 +192,9 @@ def query_kernel(
                     d_logits = weights * (d_weights - q_shift[:, None])
                     dq = add_product(dq, d_logits.to(k.dtype), k, EXACT, PRECISION)
 
-    dq_base = class_base(d_query, o_strides, batch, head, residue_y, residue_x)
-    dq_pointers = dq_base + member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
+    d_strides = strides_of(height, width, heads, dim, PACKED)
+    dq_base = class_base(d_query, d_strides, batch, head, residue_y, residue_x)
+    dq_pointers = dq_base + member_offsets(d_strides, qy, qx, d, dilation_y, dilation_x)
     store(dq_pointers, dq * scale, q_inside, d, dim, EVEN_D)
 
 
@@ -233,6 +235,7 @@ def key_value_kernel(
     dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr,
     BIAS: tl.constexpr,
     BITS: tl.constexpr,
     EXACT: tl.constexpr,
@@ -312,11 +315,11 @@ def key_value_kernel(
         d_logits = weights * (d_weights - q_shift[None, :])
         dk = add_product(dk, d_logits.to(q.dtype), q, EXACT, PRECISION)
 
-    o_strides = strides_of(height, width, heads, dim)
-    dk_base = class_base(d_key, o_strides, batch, head, residue_y, residue_x)
-    dv_base = class_base(d_value, o_strides, batch, head, residue_y, residue_x)
-    dk_pointers = dk_base + member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
-    dv_pointers = dv_base + member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
+    d_strides = strides_of(height, width, heads, dim, PACKED)
+    dk_base = class_base(d_key, d_strides, batch, head, residue_y, residue_x)
+    dv_base = class_base(d_value, d_strides, batch, head, residue_y, residue_x)
+    dk_pointers = dk_base + member_offsets(d_strides, ky, kx, d, dilation_y, dilation_x)
+    dv_pointers = dv_base + member_offsets(d_strides, ky, kx, d, dilation_y, dilation_x)
     store(dk_pointers, dk * scale, k_inside, d, dim, EVEN_D)
     store(dv_pointers, dv, k_inside, d, dim, EVEN_D)
 

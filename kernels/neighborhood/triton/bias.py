@@ -143,7 +143,7 @@ def gradient_kernel(
     do_strides,
     d_lse,
     shift,  # [batch, height, width, heads], see `store_shift`: read, or written where QUERY
-    d_query,  # contiguous, as are the other gradients
+    d_query,  # see `strides_of`, as are the next two
     d_key,
     d_value,
     d_unrolled,  # [parts, some heads, blocks_y, blocks_x, M, N] float32
@@ -175,6 +175,7 @@ def gradient_kernel(
     dim: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCKS: tl.constexpr,
     QUERY: tl.constexpr,
     KEY_VALUE: tl.constexpr,
@@ -236,10 +237,11 @@ def gradient_kernel(
     k_offsets = member_offsets(k_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
     v_offsets = member_offsets(v_strides, n // BLOCK_X, n % BLOCK_X, d, dilation_y, dilation_x)
     do_offsets = member_offsets(do_strides, qy, qx, d, dilation_y, dilation_x)
-    o_strides = strides_of(height, width, heads, dim)
+    o_strides, d_strides = strides_of(height, width, heads, dim), strides_of(height, width, heads, dim, PACKED)
     r_strides = strides_of(height, width, heads, 1)
     r_offsets = member_offset(r_strides, qy, qx, dilation_y, dilation_x)
     o_offsets = member_offsets(o_strides, qy, qx, d, dilation_y, dilation_x)
+    dq_offsets = member_offsets(d_strides, qy, qx, d, dilation_y, dilation_x)
 
     sums = ()
     for _ in tl.static_range(BLOCKS):
@@ -298,19 +300,19 @@ def gradient_kernel(
                 dq = add_product(dq, d_logits.to(k.dtype), k, EXACT, PRECISION)
             if KEY_VALUE:
                 dk = tl.dot(tl.trans(d_logits.to(q.dtype)), q, input_precision=PRECISION)
-                dk_tile = token_base(d_key, o_strides, batch, y, x, head)
-                dk_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
+                dk_tile = token_base(d_key, d_strides, batch, y, x, head)
+                dk_offsets = member_offsets(d_strides, ky, kx, d, dilation_y, dilation_x)
                 store(dk_tile + dk_offsets, dk * scale, k_inside, d, dim, EVEN_D)
                 dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
-                dv_tile = token_base(d_value, o_strides, batch, y, x, head)
-                dv_offsets = member_offsets(o_strides, ky, kx, d, dilation_y, dilation_x)
+                dv_tile = token_base(d_value, d_strides, batch, y, x, head)
+                dv_offsets = member_offsets(d_strides, ky, kx, d, dilation_y, dilation_x)
                 store(dv_tile + dv_offsets, dv, k_inside, d, dim, EVEN_D)
         sums = added
         if QUERY:
             if not KEY_VALUE:
                 store_shift(shift, at, q_shift, q_norm, q_inside, EXACT)
-            dq_tile = token_base(d_query, o_strides, batch, y, x, head)
-            store(dq_tile + o_offsets, dq * scale, q_inside, d, dim, EVEN_D)
+            dq_tile = token_base(d_query, d_strides, batch, y, x, head)
+            store(dq_tile + dq_offsets, dq * scale, q_inside, d, dim, EVEN_D)
 
     if bias is not None:
         place = (part.to(tl.int64) * some_heads + head - first_head) * (blocks_y * blocks_x) + first_block

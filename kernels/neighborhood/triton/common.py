@@ -181,9 +181,12 @@ def tile_of_program(pid, height, width, heads, dilation_y, dilation_x, TILE_Y: t
 
 
 @triton.jit
-def strides_of(height, width, heads, dim):
-    """Strides of a contiguous [batch, height, width, heads, dim]; of one without the last axis where `dim` is 1."""
-    token = tl.cast(heads, tl.int64) * dim
+def strides_of(height, width, heads, dim, PACKED: tl.constexpr = 1):
+    """Strides of a contiguous [batch, height, width, heads, dim]; of one without the last axis where `dim` is 1.
+
+    Of PACKED tensors that are one in memory, [batch, height, width, PACKED, heads, dim], the strides of each.
+    """
+    token = tl.cast(heads, tl.int64) * (dim * PACKED)
     return token * width * height, token * width, token, dim, 1
 
 
