@@ -218,7 +218,7 @@ def time_flex(row: Row) -> dict[str, list[float]] | str:
     mask, queries, keys = mask_of(row)
     covered = not row.window.radius and queries == math.prod(row.window.kernel_size)
     blocks = None if covered else block_mask(mask, queries, keys, "cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # or an error
 
     def forward(query, key, value):
         return compiled(query, key, value, block_mask=blocks)

@@ -38,16 +38,30 @@ class Window(NamedTuple):
 
 
 def attend(window: Window, inputs: Sequence[Tensor | None], **options):
-    """The public function on query, key, value, bias and extra tokens (None where there are none)."""
+    """The public function on query, key, value, bias and extra tokens (None where there are none).
+
+    Without key and value, the query holds all three.
+    """
     query, key, value, bias, extra_key, extra_value = inputs
     options |= {"extra_key": extra_key, "extra_value": extra_value}
     if window.radius:
         return kernels.circular_attention_2d(query, key, value, window.radius, **options)
+    if key is None:
+        return kernels.neighborhood_attention_2d_qkvpacked(query, *window[:4], rel_pos_bias=bias, **options)
     return kernels.neighborhood_attention_2d(query, key, value, *window[:4], rel_pos_bias=bias, **options)
 
 
-def attend_and_differentiate(window: Window, inputs, grad_out: Tensor, grad_lse: Tensor | None = None, **options):
-    """Output, log-sum-exp (None unless it has a gradient), and the gradient of every input."""
+def attend_and_differentiate(
+    window: Window, inputs, grad_out: Tensor, grad_lse: Tensor | None = None, packed: bool = False, **options
+):
+    """Output, log-sum-exp (None unless it has a gradient), and the gradient of every input.
+
+    If packed, query, key and value go in as one tensor, and their gradients come out of one.
+    """
+    if packed:
+        inputs = torch.stack(inputs[:3], 3), None, None, *inputs[3:]
+        out, lse, d_qkv, _, _, *others = attend_and_differentiate(window, inputs, grad_out, grad_lse, **options)
+        return [out, lse, *d_qkv.unbind(3), *others]
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     present = [x for x in leaves if x is not None]
     if grad_lse is None:
