@@ -17,7 +17,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from zoo.kernels import neighborhood_attention_2d
+from zoo.kernels import neighborhood_attention_2d_qkvpacked
 
 __all__ = ["NeighborhoodDenoiser"]
 
@@ -139,8 +139,8 @@ class DenoiserBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """[batch, height, width, dim] and [batch, dim] -> [batch, height, width, dim]"""
         y, gate = self.norm1(x, condition)
-        query, key, value = self.qkv(y).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        y = neighborhood_attention_2d(query, key, value, self.kernel_size, self.dilation, rel_pos_bias=self.rpb)
+        qkv = self.qkv(y).unflatten(-1, (3, self.num_heads, -1))
+        y = neighborhood_attention_2d_qkvpacked(qkv, self.kernel_size, self.dilation, rel_pos_bias=self.rpb)
         x = x + gate * self.proj(y.flatten(3))
         y, gate = self.norm2(x, condition)
         return x + gate * self.mlp(y)
