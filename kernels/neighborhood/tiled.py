@@ -210,19 +210,7 @@ def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, s
 
 
 def backward(
-    grad_out,
-    grad_lse,
-    query,
-    key,
-    value,
-    rel_pos_bias,
-    extra_key,
-    extra_value,
-    out,
-    lse,
-    geometry,
-    scale,
-    packed=False,
+    grad_out, grad_lse, query, key, value, rel_pos_bias, extra_key, extra_value, out, lse, geometry, scale, packed=False
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, rel_pos_bias, extra_key and extra_value (None where there is none).
 
