@@ -218,9 +218,12 @@ def save_images(folder: Path) -> None:
 def kill(trials: Trials, name: str, setting: dict, reference: tuple, kills: int, draw: random.Random) -> None:
     """Trials that end with SIGKILL."""
     for number in range(kills):
-        folder = trials.folder(f"{name} {number}", setting)
-        at = draw.randrange(1, len(reference[0]))
-        status = interrupt(folder, at, draw.uniform(0, 0.2), signal.SIGKILL)
+        status, attempt = 0, 0
+        while status == 0:  # it was done before the signal came
+            attempt += 1
+            folder = trials.folder(f"{name} {number} {attempt}", setting)
+            at = draw.randrange(1, len(reference[0]))
+            status = interrupt(folder, at, draw.uniform(0, 0.2), signal.SIGKILL)
         trials.check(
             name, folder, reference, "SIGKILL", at, "" if status == -9 else f"it ended by itself, with {status}"
         )
