@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
 from zoo.backbones._backbone import Backbone, CheckpointedBlock, any_padding, before_product, get_norm_layer
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
+from zoo.kernels._cells import cut, join
 from zoo.kernels._symbols import ceil_div, crop
 
 __all__ = ["AgentBranch", "AgentCswin", "StripeBranch"]
@@ -95,14 +96,12 @@ class StripeBranch(nn.Module):
         for x in (query, key, value):
             if any_padding(pad_h, pad_w):
                 x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-            x = x.unflatten(2, (across, cols)).unflatten(1, (down, rows)).transpose(2, 3)
-            stripes.append(x.flatten(0, 2))  # [batch * stripes, rows, cols, dim]
+            stripes.append(cut(x, (down, rows), (across, cols)).flatten(0, 2))  # [batch * stripes, rows, cols, dim]
         query, key, value = [x.flatten(1, 2).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in stripes]
         x = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x.unflatten(1, (rows, cols)) + self.get_v(stripes[2])
 
-        x = x.unflatten(0, (batch, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return crop(x, height, width)
+        return crop(join(x.unflatten(0, (batch, down, across))), height, width)
 
 
 class CSwinBlock(CheckpointedBlock):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import Backbone, Stages, TransformerBlock, any_padding, autocast_dtype, get_norm_layer
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
+from zoo.kernels._cells import cut, join
 from zoo.kernels._symbols import ceil_div, crop, is_symbol
 from zoo.kernels.window.tiled import window_attention_2d as scripted_window_attention_2d
 
@@ -200,7 +201,7 @@ def stack_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
     rows, cols = window_size
     if is_symbol(height) or is_symbol(width) or height % rows > 0 or width % cols > 0:
         return x
-    return x.unflatten(2, (-1, cols)).unflatten(1, (-1, rows)).transpose(2, 3).flatten(1, 3)
+    return cut(x, (-1, rows), (-1, cols)).flatten(1, 3)
 
 
 @register_notrace_function
@@ -209,7 +210,7 @@ def unstack_windows(x: Tensor, height: int, width: int, window_size: tuple[int, 
     rows, cols = window_size
     if x.shape[1] == height:  # not stacked, or of one column
         return x
-    return x.unflatten(1, (height // rows, width // cols, rows)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return join(x.unflatten(1, (height // rows, width // cols, rows)))
 
 
 class GlobalContextBlocks(nn.ModuleList):

@@ -10,31 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels import _cells
+
 
 def grid(height: int, width: int, region_size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of regions."""
     return -(-height // region_size[0]), -(-width // region_size[1])
 
 
-def cut(x: Tensor, region_size: tuple[int, int]) -> Tensor:
-    """[batch, height, width, ...] -> [batch, rows of regions, height of one, columns of regions, width of one, ...]."""
+def _regions(x: Tensor, region_size: tuple[int, int]) -> Tensor:
+    """[batch, height, width, ...] -> [batch, rows of regions, columns of regions, height of one, width of one, ...]."""
     height, width = x.shape[1], x.shape[2]
     rows, cols = grid(height, width, region_size)
     bottom, right = rows * region_size[0] - height, cols * region_size[1] - width
     if bottom or right:
         x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, right, 0, bottom))
-    return x.unflatten(2, (cols, region_size[1])).unflatten(1, (rows, region_size[0]))
+    return _cells.cut(x, (rows, region_size[0]), (cols, region_size[1]))
 
 
 def split(x: Tensor, region_size: tuple[int, int]) -> Tensor:
     """[batch, height, width, ...] -> [batch, regions, tokens of a region, ...]."""
-    return cut(x, region_size).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return _regions(x, region_size).flatten(3, 4).flatten(1, 2)
 
 
 def join(x: Tensor, height: int, width: int, region_size: tuple[int, int]) -> Tensor:
     """Inverse of `split`: [batch, regions, tokens of a region, ...] -> [batch, height, width, ...]."""
     x = x.unflatten(2, region_size).unflatten(1, grid(height, width, region_size))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    return _cells.join(x)[:, :height, :width]
 
 
 def _divides(region_size: tuple[int, int], height: int, width: int) -> bool:
@@ -46,15 +48,15 @@ def _tokens(height: int, width: int, region_size: tuple[int, int], like: Tensor)
     """How many tokens of the map a region holds: one number if all hold as many, else [regions, 1]."""
     if _divides(region_size, height, width):
         return region_size[0] * region_size[1]
-    return cut(like.new_ones(1, height, width), region_size).sum((2, 4)).view(-1, 1)
+    return _regions(like.new_ones(1, height, width), region_size).sum((3, 4)).view(-1, 1)
 
 
 def means(x: Tensor, region_size: tuple[int, int]) -> Tensor:
     """[batch, height, width, heads, dim] -> [batch, regions, heads * dim], float32 or better, without the filling."""
-    pieces, dtype = cut(x, region_size), torch.promote_types(x.dtype, torch.float32)
+    pieces, dtype = _regions(x, region_size), torch.promote_types(x.dtype, torch.float32)
     if _divides(region_size, x.shape[1], x.shape[2]):
-        return pieces.mean((2, 4), dtype=dtype).flatten(3).flatten(1, 2)
-    total = pieces.sum((2, 4), dtype=dtype).flatten(3).flatten(1, 2)
+        return pieces.mean((3, 4), dtype=dtype).flatten(3).flatten(1, 2)
+    total = pieces.sum((3, 4), dtype=dtype).flatten(3).flatten(1, 2)
     return total / _tokens(x.shape[1], x.shape[2], region_size, total)
 
 

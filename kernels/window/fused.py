@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zoo.kernels._cells import cut, join
 from zoo.kernels.neighborhood import ops
 from zoo.kernels.window.tiled import is_shared
 
@@ -39,7 +40,7 @@ def window_attention_2d(
         Where windows are below each other, nothing is copied.
         """
         if across > 1:
-            x = x.unflatten(2, (across, cols)).unflatten(1, (down, rows)).transpose(2, 3)
+            x = cut(x, (down, rows), (across, cols))
         return x.reshape(-1, rows, cols, heads, dim)
 
     if is_shared(query, key):
@@ -51,5 +52,5 @@ def window_attention_2d(
         query, windows(key), windows(value), rel_pos_bias, None, None, *geometry, scale, 0, "triton"
     )
     if across > 1:
-        out = out.view(batch, down, across, rows, cols, heads, dim).transpose(2, 3)
+        return join(out.view(batch, down, across, rows, cols, heads, dim))
     return out.reshape(batch, height, width, heads, dim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels._cells import cut
 from zoo.kernels._sdpa import biased_attention
 from zoo.kernels._symbols import is_symbol
 from zoo.kernels.window.bias import pair_bias
@@ -79,8 +80,8 @@ def _partition(x: Tensor, window_size: tuple[int, int], outer: int, inner: int) 
     rows, cols = window_size
     if _is_column(x.shape[2], cols) and inner == x.shape[3]:  # the same in fewer steps, which the host of a GPU feels
         return x.reshape(outer, rows * cols, inner, x.shape[-1]).transpose(1, 2)
-    x = x.unflatten(2, (-1, cols)).unflatten(1, (-1, rows))  # [batch, down, rows, across, cols, heads, dim]
-    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(outer, inner, rows * cols, x.shape[-1])
+    x = cut(x, (-1, rows), (-1, cols))
+    return x.permute(0, 1, 2, 5, 3, 4, 6).reshape(outer, inner, rows * cols, x.shape[-1])
 
 
 def _shift_mask(bias: Tensor | None, like: Tensor, window_size: tuple[int, int], shift: tuple[int, int]) -> Tensor:
