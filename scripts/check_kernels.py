@@ -110,6 +110,11 @@ def make_inputs(shape, kind: dict, seed: int = 0) -> list[Tensor | None]:
     return [*qkv, table, *(randn(batch, kind["extra"], heads, dim) if kind["extra"] else None for _ in range(2))]
 
 
+def is_packed(kind: dict) -> bool:
+    """Whether query, key and value go to the function that takes them as one."""
+    return kind["layout"] == "packed" and not kind["window"].radius
+
+
 def compare(
     window: Window, inputs, grad_out, grad_lse=None, ours=None, **options
 ) -> tuple[dict[str, float], list[str]]:
@@ -146,8 +151,7 @@ def draw_problem(shape, kind: dict, seed: int) -> tuple[tuple[list[Tensor | None
     grad_out = torch.randn(shape, generator=generator, device=DEVICE).to(kind["dtype"])
     grad_lse = torch.randn(shape[:-1], generator=generator, device=DEVICE) if kind["lse"] else None
     problem = kind["window"], inputs, grad_out, grad_lse
-    options = {"packed": kind["layout"] == "packed" and not kind["window"].radius, "backend": BACKEND}
-    ours, again = (attend_and_differentiate(*problem, **options) for _ in range(2))
+    ours, again = (attend_and_differentiate(*problem, packed=is_packed(kind), backend=BACKEND) for _ in range(2))
     repeats = all(a is None or torch.equal(a, b) for a, b in zip(ours, again))
     return (ours, *in_plain_torch(*problem)), repeats
 
@@ -647,7 +651,7 @@ def run_sanitizer() -> None:
     ]
     for kind in kinds:
         least = [k * d for k, d in zip(kind["window"].kernel_size, kind["window"].dilation)]
-        results = fused(*example(kind, 2, max(13, least[0]), max(18, least[1])))
+        results = fused(*example(kind, 2, max(13, least[0]), max(18, least[1])), packed=is_packed(kind))
         torch.cuda.synchronize()
         require(all(x is None or x.isfinite().all() for x in results), f"not finite with {kind}")
         print("ran", kind, flush=True)
