@@ -34,6 +34,7 @@ LEVELS = {4: (2, (1, 8)), 8: (4, (1, 4)), 16: (8, (1, 2)), 32: (16, (1,))}
 KERNEL_SIZE, HEAD_DIM = 7, 32
 
 KEYS = "call", "name", "image size"  # what a row is of
+WIDTH = 160  # of a table in a file
 NAMES = "query", "key", "value", "rel_pos_bias", "extra_key", "extra_value"
 L2_BYTES = 2**26  # no GPU that we measured has more
 FLEX_BLOCK = 128  # FlexAttention's default
@@ -494,7 +495,10 @@ def report(
     for row in rows:
         cells = [form.format(row[figure]) if figure in row else "" for figure, form in figures.items()]
         table.add_row(*(row.get(key, "") for key in keys), *cells, escape(row.get("note", "")))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file is as wide as need be
+        console.width = WIDTH
+    console.print(table)
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
