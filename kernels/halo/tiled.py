@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels._softmax import softmax_parts
+
 # Logits held at a time. 2**19 float32 are 2 MiB, about a second-level cache.
 CHUNK = 2**19
 
@@ -110,8 +112,8 @@ def forward(query, key, value, rel_height, rel_width, block_size, halo_size, str
     lse = p.query.new_empty(*p.query.shape[:2], 1)
     for some, rows in p.chunks():
         logits = p.logits(p.query[some], p.window(p.key, rows))
-        lse[some] = logits.logsumexp(dim=-1, keepdim=True)
-        out[some] = torch.bmm(logits.sub_(lse[some]).exp_(), p.window(p.value, rows))
+        weights, total, lse[some] = softmax_parts(logits)
+        out[some] = torch.bmm(weights, p.window(p.value, rows)).div_(total)
     return p.join(out).to(query.dtype), p.join(lse).squeeze(-1)
 
 

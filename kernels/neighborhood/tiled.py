@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.kernels._softmax import softmax_parts
 from zoo.kernels.neighborhood.window import borders, class_length, window_end, window_start
 
 # Of 4, 6, 8 and 10 the fastest for windows of 3 to 13 on two CPU cores: larger tiles waste more products on keys that
@@ -149,8 +150,9 @@ class _Problem:
         self.query = _heads_first(query, self.dtype) * scale
         self.key, self.value = _heads_first(key, self.dtype), _heads_first(value, self.dtype)
         # 0 * nan would reach every query of a tile. Moved into the key, a nan stays with the queries that see it.
-        broken = ~self.value.isfinite().all(dim=-1, keepdim=True)
-        self.key, self.value = self.key.masked_fill(broken, float("nan")), self.value.masked_fill(broken, 0)
+        most, least = self.value.amax(dim=-1, keepdim=True), self.value.amin(dim=-1, keepdim=True)
+        self.key = self.key + (most * 0 + least * 0)  # 0, or nan for what is not finite
+        self.value = self.value.nan_to_num(0.0, 0.0, 0.0)
         self.bias = None if rel_pos_bias is None else rel_pos_bias.to(self.dtype).flatten(1)
         self.extra_key = self.extra_value = None
         if extra_key is not None:
@@ -199,12 +201,11 @@ def forward(query, key, value, rel_pos_bias, extra_key, extra_value, geometry, s
         q_size, k_size = len(group.query_steps), len(group.key_steps)
         q = p.gather(p.query, q_rows, bh, q_size)
         logits = p.logits(q, p.gather(p.key, k_rows, bh, k_size), group, bh)
-        lse_tile = logits.logsumexp(dim=-1, keepdim=True)
-        weights = logits.sub_(lse_tile).exp_()
+        weights, total, lse_tile = softmax_parts(logits)
         tile = torch.bmm(weights[..., :k_size], p.gather(p.value, k_rows, bh, k_size))
         if extra_value is not None:
             tile += (p.extra(weights[..., k_size:], bh) @ p.extra_value[bh]).view_as(tile)
-        out[bh].flatten(0, 1).index_copy_(0, q_rows, tile.flatten(0, 1))
+        out[bh].flatten(0, 1).index_copy_(0, q_rows, tile.div_(total).flatten(0, 1))
         lse[bh].flatten(0, 1).index_copy_(0, q_rows, lse_tile.flatten(0, 1))
     return _heads_last(out, query), _heads_last(lse, query[..., :1].to(p.dtype)).squeeze(-1)
 

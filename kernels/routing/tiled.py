@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from zoo.kernels._softmax import softmax_parts
 from zoo.kernels.routing import regions
 
 # Logits, or numbers gathered from the keys, held at a time. 2**19 float32 are 2 MiB, about a second-level cache.
@@ -75,9 +76,8 @@ def forward(query, key, value, routes, weights, region_size, scale) -> tuple[Ten
     for rows, queries in p.chunks():
         logits = torch.bmm(p.query[rows, queries], p.gather(p.key, rows).transpose(1, 2))
         logits = p.weigh(logits, rows)
-        lse[rows, queries] = logits.logsumexp(-1, keepdim=True)
-        shares = p.weigh(logits.sub_(lse[rows, queries]).exp_(), rows)
-        out[rows, queries] = torch.bmm(shares, p.gather(p.value, rows))
+        shares, total, lse[rows, queries] = softmax_parts(logits)
+        out[rows, queries] = torch.bmm(p.weigh(shares, rows), p.gather(p.value, rows)).div_(total)
     return p.by_token(out, query.dtype), p.by_token(lse, p.dtype).squeeze(-1)
 
 
