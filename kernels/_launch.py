@@ -1,7 +1,6 @@
 """Launching Triton kernels at little cost to the host."""
 
 from contextlib import nullcontext
-from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -45,8 +44,10 @@ def launch(kernel, programs: int, arguments: tuple, options: dict) -> None:
         return
     if len(_compiled) >= _MOST:
         _compiled.clear()
+    from triton import knobs
+
     constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
-    _compiled[key] = compiled, constants, import_module("triton.knobs").runtime
+    _compiled[key] = compiled, constants, knobs.runtime
 
 
 def device_of(x: Tensor):

@@ -47,7 +47,7 @@ def span(problem) -> int:
 
 def candidates(kernel: str, dim: int, span: int) -> list[Config]:
     """Tile sizes worth trying."""
-    if span <= 8:  # a tile of 8 x 8 holds a whole class, which the kernel "bias" makes use of
+    if span <= tuning.SMALL:  # a tile of 8 x 8 holds a whole class, which the kernel "bias" makes use of
         tiles = [(8, 8), (4, 8), (2, 8)] if kernel == "forward" else [(8, 8)]
         blocks = [(8, 8)]
     elif dim <= 64:
@@ -59,11 +59,11 @@ def candidates(kernel: str, dim: int, span: int) -> list[Config]:
     found = []
     for tile, block, stages in itertools.product(tiles, blocks, (1, 2, 3)):
         rows, keys = tile[0] * tile[1], block[0] * block[1]
-        if ((rows == 16 and keys == 64) or (rows > 16 and keys > 64)) and span > 8 and dim <= 64:
+        if ((rows == 16 and keys == 64) or (rows > 16 and keys > 64)) and span > tuning.SMALL and dim <= 64:
             continue  # never among the best
-        if stages == 1 and keys < 128 and span > 8:
+        if stages == 1 and keys < 128 and span > tuning.SMALL:
             continue  # several blocks a tile: nothing would overlap
-        few = {16: (1, 2, 4) if keys > 128 else (1, 2), 32: (1, 2), 64: (2, 4, 8) if span <= 8 else (4,)}
+        few = {16: (1, 2, 4) if keys > 128 else (1, 2), 32: (1, 2), 64: (2, 4, 8) if span <= tuning.SMALL else (4,)}
         for warps in few.get(rows, (4, 8) if dim <= 64 else (8,)):
             found.append(Config(*tile, *block, warps, stages))
     return found
@@ -100,7 +100,7 @@ def calls(problem, has_bias: bool) -> dict:
         return [x for x in (d_bias, *grads[: 3 if has_keys else 1]) if x is not None]
 
     found = {"forward": lambda: fused.forward(*arguments)[:1], "query": query, "key_value": key_value}
-    if has_bias or span(problem) <= 8:
+    if has_bias or span(problem) <= tuning.SMALL:
         found["bias"] = rest
     return found
 
@@ -143,7 +143,7 @@ def main() -> None:
         for problem in problems
         for has_bias in ((False, True) if problem[7] else (False,))
         for kernel in KERNELS
-        if kernel == "forward" or (has_bias or kernel != "bias" if span(problem) > 8 else kernel == "bias")
+        if kernel == "forward" or (has_bias or kernel != "bias" if span(problem) > tuning.SMALL else kernel == "bias")
         for config in candidates(kernel, problem[4], span(problem))
     ]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:

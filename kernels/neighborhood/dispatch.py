@@ -18,10 +18,9 @@ def attend(inputs, geometry, scale: float, return_lse: bool, backend: str) -> Te
         return_lse: Whether to return the log-sum-exp too.
         backend: "auto", "reference", "tiled" or "triton".
     """
-    query = inputs[0] if inputs[1] is not None else inputs[0].select(3, 0)
+    qkv = ops.unpacked(*inputs[:3])
+    query = qkv[0]
     backend, _ = ops.choose_backend(query, backend, dense.covers_map(*query.shape[1:3], *geometry), return_lse)
-    if backend in ("dense", "reference"):
-        qkv = ops.unpacked(*inputs[:3])
     if backend == "dense":
         return dense.neighborhood_attention_2d(*qkv, geometry[1], *inputs[3:], scale)
     if backend == "reference":
