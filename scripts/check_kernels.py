@@ -6,8 +6,9 @@
 FlashAttention's rule: the error of the output and of every gradient against float64 is at most twice that of plain
 torch in the same dtype. Every random problem runs twice and has to repeat bit by bit, on memory filled with nan. One
 outside the rule is drawn seven times more, with other values, and judged by the largest errors of all draws: of
-gradients that hold a few numbers, which most problems here have, one draw says little. How many were is in the log,
-before what failed. The exit status is 1 if anything failed or was not reached.
+gradients that hold a few numbers, which most problems here have, one draw says little. The log names those and their
+first errors, and counts beside them how often plain torch that sums in another order, the tiled backend, is outside
+the rule on the same draws. The exit status is 1 if anything failed or was not reached.
 
 Compiling takes most of the time, so problems come in families: what is compiled in is drawn once a family, sizes and
 values for every problem. Families run on all processor cores and GPUs, and share Triton's cache on disk.
@@ -27,12 +28,14 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as FuturesTimeout
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # plain torch is to be deterministic, too
 
@@ -144,8 +147,20 @@ def poisoned_memory(warn_only: bool = True) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def draw_problem(shape, kind: dict, seed: int) -> tuple[tuple[list[Tensor | None], ...], bool]:
-    """Results of the fused kernels, of plain torch and of float64 on one draw of values; whether the first repeat."""
+class Found(NamedTuple):
+    """Of one random problem: shares of the allowed error, and what is wrong in words."""
+
+    shares: dict[str, float]
+    wrong: list[str]
+    at_first: Sequence[str] = ()  # by the first draw alone, where others followed
+    in_tiled: Sequence[str] = ()  # of the tiled backend by that draw
+
+
+def draw_problem(shape, kind: dict, seed: int) -> tuple[tuple[list[Tensor | None], ...], bool, list[Tensor | None]]:
+    """Results of the fused kernels, of plain torch and of float64 on one draw of values; whether the first repeat.
+
+    And what the tiled backend gives.
+    """
     inputs = make_inputs(shape, kind, seed)
     generator = torch.Generator(DEVICE).manual_seed(seed + 1)
     grad_out = torch.randn(shape, generator=generator, device=DEVICE).to(kind["dtype"])
@@ -153,23 +168,26 @@ def draw_problem(shape, kind: dict, seed: int) -> tuple[tuple[list[Tensor | None
     problem = kind["window"], inputs, grad_out, grad_lse
     ours, again = (attend_and_differentiate(*problem, packed=is_packed(kind), backend=BACKEND) for _ in range(2))
     repeats = all(a is None or torch.equal(a, b) for a, b in zip(ours, again))
-    return (ours, *in_plain_torch(*problem)), repeats
+    return (ours, *in_plain_torch(*problem)), repeats, attend_and_differentiate(*problem, backend="tiled")
 
 
-def check_problem(shape, kind: dict, seed: int) -> tuple[int, dict[str, float], list[str]]:
-    """Number of draws, the shares of the allowed error, and what is wrong: see above."""
+def check_problem(shape, kind: dict, seed: int) -> Found:
+    """The rule on one random problem: see above."""
     draws = [draw_problem(shape, kind, seed)]
-    shares, wrong = flash_rule(*draws[0][0])
+    results, _, tiled = draws[0]
+    in_tiled = flash_rule(tiled, *results[1:])[1]
+    shares, wrong = flash_rule(*results)
+    at_first = wrong
     if wrong:  # all others, and then one verdict: going on until it fits would fit by chance
         draws += [draw_problem(shape, kind, seed + 2**32 * draw) for draw in range(1, DRAWS)]
-        results = zip(*(results for results, _ in draws))
+        results = zip(*(draw[0] for draw in draws))
         shares, wrong = flash_rule(*([None if x[0] is None else torch.stack(x) for x in zip(*r)] for r in results))
-    if not all(repeats for _, repeats in draws):
+    if not all(repeats for _, repeats, _ in draws):
         wrong = [*wrong, "does not repeat"]
-    return len(draws), shares, wrong
+    return Found(shares, wrong, at_first, in_tiled)
 
 
-def check_family(number: int, operator: str, problems: range) -> list[tuple[str, str, int, dict[str, float], list]]:
+def check_family(number: int, operator: str, problems: range) -> list[tuple[str, str, Found]]:
     """In a worker: each problem, its dtype, and what `check_problem` found."""
     torch.cuda.set_device(number % torch.cuda.device_count())
     warnings.filterwarnings("ignore")
@@ -181,8 +199,8 @@ def check_family(number: int, operator: str, problems: range) -> list[tuple[str,
             try:
                 result = check_problem(shape, kind, seed)
             except Exception as error:  # compilers raise many kinds; the other problems still run
-                result = 1, {}, [first_line(error)]
-            found.append((case, str(kind["dtype"]).removeprefix("torch."), *result))
+                result = Found({}, [first_line(error)])
+            found.append((case, str(kind["dtype"]).removeprefix("torch."), result))
     return found
 
 
@@ -202,24 +220,34 @@ def start_sweep(pool: ProcessPoolExecutor, problems: int, first: int, operators:
     return [pool.submit(check_family, *job) for job in jobs]
 
 
-def finish_sweep(futures: list[Future], deadline: float) -> tuple[int, int, dict[str, float], list[str]]:
-    """Problems done, those drawn again, largest share of the allowed error by dtype and tensor, and failures."""
-    done, again, worst, failures = 0, 0, {}, []
+def finish_sweep(futures: list[Future], deadline: float) -> tuple[int, int, list[str]]:
+    """Number of problems done and of those that failed, and the lines of the log that say what was found."""
+    done, first, tiled, worst = Counter(), Counter(), Counter(), {}
+    failures, again = [], []
     try:
         for future in as_completed(futures, timeout=max(1, deadline - time.time())):
-            for case, dtype, draws, shares, wrong in future.result():
-                done += 1
-                again += draws > 1
-                for name, share in shares.items():
+            for case, dtype, found in future.result():
+                done[dtype] += 1
+                first[dtype] += bool(found.at_first)
+                tiled[dtype] += bool(found.in_tiled)
+                for name, share in found.shares.items():
                     worst[f"{dtype} {name}"] = max(worst.get(f"{dtype} {name}", 0), share)
-                if wrong:
-                    failures.append(f"{case}: {'; '.join(wrong)}")
+                if found.at_first:
+                    again.append(f"drawn again: {case}: by the first draw {'; '.join(found.at_first)}")
+                if found.wrong:
+                    failures.append(f"failed: {case}: {'; '.join(found.wrong)}")
                     print(failures[-1], flush=True)
     except (TimeoutError, FuturesTimeout):  # two types before Python 3.11
         print("the time is up", flush=True)
     except BrokenProcessPool as error:
         failures.append(first_line(error))
-    return done, again, worst, failures
+    counts = (f"{d} {first[d]} of {n}, tiled {tiled[d]}" for d, n in sorted(done.items()))
+    lines = [
+        f"{len(again)} drawn again, {len(failures)} failed",
+        f"outside the rule by the first draw: {'; '.join(counts)}",
+        "largest error / allowed: " + ", ".join(f"{name} {share:.2f}" for name, share in sorted(worst.items())),
+    ]
+    return done.total(), len(failures), [*lines, *again, *failures]
 
 
 # Named checks
@@ -681,15 +709,14 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         futures = start_sweep(pool, args.problems, args.first, args.operators)
         checks, failed = run_checks(args.checks)  # meanwhile
-        done, again, worst, failures = finish_sweep(futures, start + args.seconds)
+        done, failures, found = finish_sweep(futures, start + args.seconds)
         pool.shutdown(wait=False, cancel_futures=True)
-    failed += len(failures) + (done < args.problems)
+    failed += failures + (done < args.problems)
+    seconds = time.time() - start
     lines += [
         *checks,
-        f"{done} of {args.problems} random problems from seed {args.first} in {time.time() - start:.0f} s, "
-        f"{again} drawn again, {len(failures)} failed",
-        "largest error / allowed: " + ", ".join(f"{name} {share:.2f}" for name, share in sorted(worst.items())),
-        *failures,
+        f"{done} of {args.problems} random problems from seed {args.first} in {seconds:.0f} s, {found[0]}",
+        *found[1:],
     ]
     output = args.output or Path(__file__).parent / "results" / f"check_{gpu_slug()}.txt"
     output.write_text("\n".join(lines) + "\n")

@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -269,22 +271,49 @@ def test_a_random_problem(check_kernels):
 def test_drawing_again(check_kernels, monkeypatch):
     """What is outside the rule is judged by the largest errors of all draws; what does not repeat is wrong."""
     shape, kind = (1, 6, 7, 3, 8), {**check_kernels.kind_of(3, bias=True, dim=8, dtype=torch.bfloat16), "lse": True}
-    draws, shares, wrong = check_kernels.check_problem(shape, kind, 5)
-    assert (draws, wrong) == (1, []) and 0 < shares["rel_pos_bias"] <= 1
+    found = check_kernels.check_problem(shape, kind, 5)
+    assert found[1:] == ([], [], []) and 0 < found.shares["rel_pos_bias"] <= 1
 
     def draw(error, of_plain):
         exact = torch.zeros(4, dtype=torch.double)
-        return [[x, *[None] * 7] for x in (exact.float() + error, exact.float() + of_plain, exact)]
+        tensors = (exact.float() + error, exact.float() + of_plain, exact)
+        return [[x, *[None] * 7] for x in tensors], [exact.float() + 0.25, *[None] * 7]
 
     for errors, repeats, expected in (
-        ([(0.3, 0.1)] * 7 + [(0.1, 0.2)], True, (8, [])),
-        ([(0.3, 0.1)] + [(0.1, 0.1)] * 7, True, (8, ["out"])),
-        ([(0.1, 0.1)], False, (1, ["does not repeat"])),
+        ([(0.3, 0.1)] * 7 + [(0.1, 0.2)], True, (8, ["out"], [], ["out"])),
+        ([(0.3, 0.1)] + [(0.1, 0.1)] * 7, True, (8, ["out"], ["out"], ["out"])),
+        ([(0.1, 0.2)], True, (1, [], [], [])),
+        ([(0.1, 0.1)], False, (1, [], ["does not repeat"], ["out"])),
     ):
-        results = iter([(draw(*error), repeats) for error in errors])
-        monkeypatch.setattr(check_kernels, "draw_problem", lambda *_, results=results: next(results))
-        draws, _, wrong = check_kernels.check_problem(shape, kind, 5)
-        assert (draws, [w.split(":")[0] for w in wrong]) == expected
+        results = [(results, repeats, tiled) for results, tiled in (draw(*error) for error in errors)]
+        left = iter(results)
+        monkeypatch.setattr(check_kernels, "draw_problem", lambda *_, left=left: next(left))
+        found = check_kernels.check_problem(shape, kind, 5)
+        words = ([w.split(":")[0] for w in x] for x in (found.at_first, found.wrong, found.in_tiled))
+        assert (len(results) - len(list(left)), *words) == expected
+
+
+def test_log_of_a_sweep(check_kernels, capsys):
+    """What misses at first and what fails are both named, and counted by dtype beside plain torch."""
+    future = Future()
+    missed, failed = ["out: 3e-6 > 2e-6"], ["key: 5e-6 > 4e-6"]
+    future.set_result(
+        [
+            ("one", "float32", check_kernels.Found({"out": 0.5}, [], missed)),
+            ("two", "float32", check_kernels.Found({"out": 0.25}, failed, failed, missed)),
+            ("three", "bfloat16", check_kernels.Found({"out": 0.75}, [])),
+        ]
+    )
+    done, failures, lines = check_kernels.finish_sweep([future], time.time() + 1)
+    assert (done, failures) == (3, 1)
+    assert lines == [
+        "2 drawn again, 1 failed",
+        "outside the rule by the first draw: bfloat16 0 of 1, tiled 0; float32 2 of 2, tiled 1",
+        "largest error / allowed: bfloat16 out 0.75, float32 out 0.50",
+        "drawn again: one: by the first draw out: 3e-6 > 2e-6",
+        "drawn again: two: by the first draw key: 5e-6 > 4e-6",
+        "failed: two: key: 5e-6 > 4e-6",
+    ]
 
 
 def test_named_checks(check_kernels, capsys):
