@@ -497,7 +497,7 @@ def main() -> int:
             title = job.model
             if job.kind == "time":
                 title += f", batch {job.batch} per device, {'compiled' if job.compile else 'eager'}"
-            result = run_group(job._replace(images=images), method, max(60, min(180, left)))
+            result = run_group(job._replace(images=images), method, max(60, min(300, left)))
             saved[job.kind].setdefault(title, {})[job.cell] = result
             store.write_text(json.dumps(saved, indent=1) + "\n")
             output.write_text(report(saved, options.devices))
