@@ -2,7 +2,7 @@
 
     python scripts/bench_models.py [NAME ...] [--accelerate NAME ...] [--modes inference training]
                                    [--ways eager compiled graphs] [--sizes 224 512] [--batch 256 128] [--warm 16]
-                                   [--missing] [--seconds 560] [--output FILE]
+                                   [--missing | --again] [--seconds 560] [--output FILE]
 
 bfloat16 autocast on synthetic images; training is a forward and backward pass and a step of fused AdamW. What is timed
 is first compared with the same model in float32 on the CPU: the outputs, and for training every gradient. Where they
@@ -19,7 +19,8 @@ takes long is compiling: `--warm` does it beforehand in as many processes, which
 
 Batches are those up to 256 pixels; at larger sizes they shrink so that the number of pixels stays that of 224. Cells
 are kept in a .json beside the table, so that several runs can share the work: a run replaces the cells that it
-measured, or with `--missing` only measures those that have no figure yet.
+measured, or with `--missing` only measures those that have no figure yet. What waits for the host differs from minute
+to minute; with `--again` a cell becomes the median of its runs, and shows their range if that is more than 5 %.
 """
 
 from __future__ import annotations
@@ -317,11 +318,21 @@ def compile_all(work: list[tuple[Job, str]], workers: int, seconds: float) -> No
                 break
 
 
+def with_earlier(result: dict | str, earlier: dict | str | None) -> dict | str:
+    """A result as the median of itself and the runs before it."""
+    if not isinstance(result, dict) or not isinstance(earlier, dict):
+        return result
+    runs = [*earlier.get("runs", [earlier["images"]]), result["images"]]
+    return result | {"images": statistics.median(runs), "runs": runs}
+
+
 def cell(result: dict | str | None) -> str:
-    """Images per second and peak memory, or why there are none."""
+    """Images per second, from where to where if runs differ, and peak memory; or why there are none."""
     if not isinstance(result, dict):
         return result or "-"
-    return f"{result['images']:,.0f} ({result['memory']:.1f})"
+    runs = result.get("runs", [result["images"]])
+    spread = f" [{min(runs):,.0f} to {max(runs):,.0f}]" if max(runs) > 1.05 * min(runs) else ""
+    return f"{result['images']:,.0f}{spread} ({result['memory']:.1f})"
 
 
 def report(sizes: dict[str, dict], about: str) -> str:
@@ -329,10 +340,10 @@ def report(sizes: dict[str, dict], about: str) -> str:
     parts = [
         "# Models on one GPU\n",
         f"{about}. bfloat16 autocast, synthetic images, AdamW (fused); images per second, medians of 30 steps, and in "
-        "parentheses the peak memory in GiB. The memory format is the faster one, eager; the error is the largest "
-        "difference from float32 on the CPU, of the outputs relative to the largest, or of all gradients relative to "
-        "their norm; beside it, that of eager training when it is in float32, too. Graphs: compiled with "
-        '`mode="reduce-overhead"`.\n',
+        "parentheses the peak memory in GiB. Brackets: runs differ, and the figure is their median. The memory format "
+        "is the faster one, eager; the error is the largest difference from float32 on the CPU, of outputs relative to "
+        "the largest, or of all gradients relative to their norm; beside it, that of eager training when it is in "
+        'float32, too. Graphs: compiled with `mode="reduce-overhead"`.\n',
     ]
     for size, table in sorted(sizes.items(), key=lambda item: int(item[0])):
         batches = ", ".join(f"{mode} at batch {table['batch'][mode]}" for mode in MODES if mode in table["batch"])
@@ -367,7 +378,9 @@ def main() -> None:
     parser.add_argument("--batch", nargs=2, type=int, default=(256, 128), metavar=("INFERENCE", "TRAINING"))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="memory formats to try")
     parser.add_argument("--warm", type=int, default=0, metavar="N", help="compile in N processes beforehand")
-    parser.add_argument("--missing", action="store_true", help="only what the table has no figure of")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--missing", action="store_true", help="only what the table has no figure of")
+    which.add_argument("--again", action="store_true", help="add to what the table has, instead of replacing it")
     parser.add_argument("--seconds", type=float, default=560, help="start no further figure after this time")
     parser.add_argument("--output", type=Path, help="the table; scripts/results/models_<gpu>.md by default")
     args = parser.parse_args()
@@ -410,6 +423,8 @@ def main() -> None:
             continue
         began = time.time()
         result = best_of(job, layouts_of(job))
+        if args.again:
+            result = with_earlier(result, results_of(job).get(f"{job.mode} {job.way}"))
         results_of(job)[f"{job.mode} {job.way}"] = result
         sizes[str(job.size)]["batch"][job.mode] = job.batch
         store.write_text(json.dumps({"about": about, "sizes": sizes}, indent=1) + "\n")

@@ -415,6 +415,26 @@ def test_models_in_several_runs(bench_models, monkeypatch, tmp_path):
     ]
 
 
+def test_models_again(bench_models, monkeypatch, tmp_path):
+    """The median of all runs, and their range where they differ; without the option the last run counts."""
+    speeds = iter([100.0, 300.0, 120.0, 121.0, 122.0])
+
+    def best_of(*_):
+        return {"images": next(speeds), "memory": 1.0, "error": 0.0, "layout": "contiguous"}
+
+    monkeypatch.setattr(bench_models, "best_of", best_of)
+    monkeypatch.setattr(bench_models, "versions", lambda: "v")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_models, "settle", lambda: None)
+    fixed = "--modes", "inference", "--ways", "eager", "--output", str(tmp_path / "models.md")
+    shown = []
+    for again in ((), ("--again",), ("--again",), (), ("--again",)):
+        monkeypatch.setattr("sys.argv", ["bench_models.py", "a", *fixed, *again])
+        bench_models.main()
+        shown.append((tmp_path / "models.md").read_text().splitlines()[-1].split(" | ")[1])
+    assert shown == ["100 (1.0)", "200 [100 to 300] (1.0)", "120 [100 to 300] (1.0)", "121 (1.0)", "122 (1.0)"]
+
+
 def test_models_report(bench_models):
     result = {"images": 12345.6, "memory": 3.21, "error": 0.0123, "layout": "channels last"}
     rows = {"nat_tiny": {"inference eager": result, "inference compiled": "out of memory"}}
