@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 
 def register_gradient(
@@ -47,18 +48,34 @@ def register_gradient(
             return outputs
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, grad_out, *grads):
             saved = ctx.saved_tensors
             if grad_out is None:
                 grad_out = torch.zeros_like(saved[inputs])
-            run = getattr(torch.ops.zoo, f"{name}_backward") if watched(grad_out) else backward
-            found = run(grad_out, *grads[: differentiable - 1], *saved, *ctx.options)
+            arguments = grad_out, *grads[: differentiable - 1], *saved, *ctx.options
+            found = Gradient.apply(*arguments) if torch.is_grad_enabled() else gradient(*arguments)
             found = (None if x is None else grad for x, grad in zip(saved[:inputs], found))
             return *found, *(None for _ in ctx.options)
 
+    def gradient(*arguments):
+        run = getattr(torch.ops.zoo, f"{name}_backward") if watched(arguments[0]) else backward
+        return run(*arguments)
+
+    class Gradient(torch.autograd.Function):
+        """A gradient that shall be differentiated. `once_differentiable` lets `torch.autograd.grad` pass it by."""
+
+        @staticmethod
+        def forward(ctx, *arguments):
+            return tuple(gradient(*arguments))
+
+        @staticmethod
+        def backward(ctx, *_):
+            raise NotImplementedError(f"{name} has gradients of first order; backend='reference' also has higher ones")
+
     @torch.library.impl(f"zoo::{name}", "Autograd")
     def autograd(*arguments):
+        if transformed():
+            raise NotImplementedError(f"{name} under torch.func or forward-mode AD needs backend='reference' or 'auto'")
         return Operator.apply(*arguments) if needs_grad(*arguments[:inputs]) else below_autograd(*arguments)
 
     # `Function.apply` but for what it does for transforms, which `watched` tells of.
@@ -75,6 +92,14 @@ def register_gradient(
     return call
 
 
+def differentiable_gradient(function: Callable, inputs: tuple[Tensor, ...], grad_out: Tensor) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)`, in torch's own operators, that can be differentiated again."""
+    wanted = [x for x in inputs if x.requires_grad]
+    with torch.enable_grad():
+        grads = iter(torch.autograd.grad(function(*inputs), wanted, grad_out, create_graph=True))
+    return [next(grads) if x.requires_grad else None for x in inputs]
+
+
 _KINDS = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
@@ -88,6 +113,15 @@ def is_eager(*tensors: Tensor | None) -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or watched(*tensors))
 
 
+_DIFFERENTIATE = frozenset({TransformType.Grad, TransformType.Jvp})
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD differentiates what runs, which takes operators of torch's own."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return forward_ad._current_level >= 0 or (stack is not None and any(x.key() in _DIFFERENTIATE for x in stack))
+
+
 def watched(*tensors: Tensor | None) -> bool:
     """Whether something has to see the operators that run on these: a mode, a transform, a kind of tensor."""
     return (
@@ -95,4 +129,5 @@ def watched(*tensors: Tensor | None) -> bool:
         or tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from torch import SymInt, Tensor
+from torch.compiler import is_compiling
+
+from zoo.kernels._autograd import transformed
 
 
 def check_maps(query, key, value, extra_key=None, extra_value=None) -> None:
@@ -98,7 +101,8 @@ def resolve_scale(scale, query: Tensor, name: str = "scale") -> float:
     return float(scale)
 
 
-def check_backend(backend, backends: tuple[str, ...]) -> None:
-    """`backend` is one of `backends`."""
+def resolve_backend(backend, backends: tuple[str, ...]) -> str:
+    """`backend`, which must be one of `backends`; for "auto" the reference where derivatives are torch's affair."""
     if backend not in backends:
         raise ValueError(f"backend must be one of {', '.join(backends)}, got {backend!r}")
+    return "reference" if backend == "auto" and not is_compiling() and transformed() else backend

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from zoo.kernels._checks import check_backend, check_bias, check_map, check_tensors, resolve_scale
+from zoo.kernels._checks import check_bias, check_map, check_tensors, resolve_backend, resolve_scale
 from zoo.kernels._symbols import is_symbol
 from zoo.kernels.agent import reference, sdpa
 
@@ -64,7 +64,7 @@ def agent_attention(
     _check(query, key, value, agent, agent_bias, query_bias)
     scale = resolve_scale(scale, query)
     query_scale = scale if query_scale is None else resolve_scale(query_scale, query, "query_scale")
-    check_backend(backend, BACKENDS)
+    backend = resolve_backend(backend, BACKENDS)
     # Of an empty result scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
     module = reference if backend == "reference" or query.numel() == 0 else sdpa
     return module.agent_attention(*tensors, agent_bias, query_bias, scale, query_scale)

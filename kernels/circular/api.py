@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.kernels._checks import check_backend, check_maps, resolve_scale
+from zoo.kernels._checks import check_maps, resolve_backend, resolve_scale
 from zoo.kernels.neighborhood.dispatch import attend
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
@@ -67,7 +67,7 @@ def circular_attention_2d(
     if radius < 1:
         raise ValueError(f"radius must be at least 1, got {radius}")
     scale = resolve_scale(scale, query)
-    check_backend(backend, BACKENDS)
+    backend = resolve_backend(backend, BACKENDS)
 
     if radius > height + width:  # either sees the whole map; its square stays small
         radius = height + width

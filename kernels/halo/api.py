@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.kernels._checks import check_backend, check_bias, check_map, check_tensors, resolve_scale
+from zoo.kernels._checks import check_bias, check_map, check_tensors, resolve_backend, resolve_scale
 from zoo.kernels.halo import ops, reference
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
@@ -64,7 +64,7 @@ def halo_attention_2d(
     _check_tensors(query, key, value, block_size, stride)
     _check_tables(rel_height, rel_width, query, block_size + 2 * halo_size)
     scale = resolve_scale(scale, query)
-    check_backend(backend, BACKENDS)
+    backend = resolve_backend(backend, BACKENDS)
 
     arguments = query, key, value, rel_height, rel_width, block_size, halo_size, stride, scale
     if backend == "reference":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from zoo.kernels._autograd import differentiable_gradient
 from zoo.kernels._launch import launch
 
 TILE = 2048  # numbers that a program holds at a time
@@ -77,14 +79,16 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         ctx.eps = eps
         return forward(x, weight, bias, eps, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out: Tensor):
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = differentiable_gradient(_in_torch(d_out.dtype, ctx.eps), (x, weight, bias), d_out)
+            return *grads, None, None
         d_x = torch.empty_like(x)
         rows, options = _tiles(x)
         turns = triton.cdiv(rows, PROGRAMS * options["R"])
@@ -93,6 +97,16 @@ class LayerNorm(torch.autograd.Function):
         launch(backward_kernel, programs, (d_out.contiguous(), x, weight, d_x, shares, rows, ctx.eps, turns), options)
         d_weight, d_bias = shares.sum(0).to(weight.dtype)
         return d_x, d_weight, d_bias, None, None
+
+
+def _in_torch(dtype: torch.dtype, eps: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`forward` in torch's own operators."""
+
+    def run(x, weight, bias):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(dtype)
+
+    return run
 
 
 def _tiles(x: Tensor) -> tuple[int, dict]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from zoo.kernels._checks import (
-    check_backend,
     check_bias,
     check_maps,
     check_tensors,
     pair,
     positive_pair,
+    resolve_backend,
     resolve_scale,
 )
 from zoo.kernels.neighborhood import natten
@@ -130,7 +130,7 @@ def _attend(query, inputs, kernel_size, dilation, stride, is_causal, scale, retu
         shape = query.shape[3], 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
         check_bias("rel_pos_bias", rel_pos_bias, query, shape, "[heads, 2 * kernel_size - 1 per axis]")
     scale = resolve_scale(scale, query)
-    check_backend(backend, BACKENDS)
+    backend = resolve_backend(backend, BACKENDS)
 
     geometry = kernel_size, dilation, stride, is_causal
     if backend == "natten":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zoo.kernels._checks import check_backend, check_maps, positive_pair, resolve_scale
+from zoo.kernels._checks import check_maps, positive_pair, resolve_backend, resolve_scale
 from zoo.kernels.neighborhood.ops import takes_triton, why_not_triton
 from zoo.kernels.routing import ops, reference, regions
 
@@ -69,7 +69,7 @@ def routing_attention_2d(
     if not isinstance(soft, bool):
         raise TypeError(f"soft must be a bool, got {soft!r}")
     scale = resolve_scale(scale, query)
-    check_backend(backend, BACKENDS)
+    backend = resolve_backend(backend, BACKENDS)
 
     options = region_size, topk, scale, soft
     if backend == "reference":

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from zoo.kernels._checks import (
-    check_backend,
     check_bias,
     check_map,
     check_tensors,
     pair,
     positive_pair,
+    resolve_backend,
     resolve_scale,
 )
 from zoo.kernels._symbols import is_symbol
@@ -74,7 +74,7 @@ def window_attention_2d(
         shape = key.shape[3], 2 * window_size[0] - 1, 2 * window_size[1] - 1
         check_bias("rel_pos_bias", rel_pos_bias, query, shape, "[heads, 2 * window_size - 1 per axis]")
     scale = resolve_scale(scale, query)
-    check_backend(backend, BACKENDS)
+    backend = resolve_backend(backend, BACKENDS)
 
     options = window_size, shift, rel_pos_bias, scale
     if backend == "triton" and (obstacle := fused.why_not_triton(key, value, shift)) is not None:

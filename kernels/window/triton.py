@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.kernels._autograd import differentiable_gradient
 from zoo.kernels._launch import launch
 from zoo.kernels._sdpa import ALIGNMENT
+from zoo.kernels.neighborhood.dense import dense_bias
 
 
 @triton.jit
@@ -70,15 +71,19 @@ class DenseBias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, table: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        ctx.of = table.shape, table.dtype, _options(rows, cols)
+        ctx.save_for_backward(table)
+        ctx.of = rows, cols, dtype
         return forward(table, rows, cols, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_bias: Tensor):
-        shape, dtype, options = ctx.of
-        d_table = d_bias.new_empty(shape, dtype=dtype)
-        launch(gather_kernel, d_table.numel(), (d_bias, d_bias.stride(), d_table), options)
+        (table,) = ctx.saved_tensors
+        rows, cols, dtype = ctx.of
+        if torch.is_grad_enabled():
+            grads = differentiable_gradient(lambda x: dense_bias(x, rows, cols, dtype), (table,), d_bias)
+            return *grads, None, None, None
+        d_table = d_bias.new_empty(table.shape, dtype=table.dtype)
+        launch(gather_kernel, d_table.numel(), (d_bias, d_bias.stride(), d_table), _options(rows, cols))
         return d_table, None, None, None
 
 
