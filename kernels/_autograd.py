@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 
@@ -32,7 +32,7 @@ def register_gradient(
     """
 
     def below_autograd(*arguments):
-        if not watched(arguments[0]):  # the dispatcher takes longer than a small map
+        if not watched(*arguments[:inputs]):  # the dispatcher takes longer than a small map
             return forward(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.zoo, name)(*arguments)
@@ -57,8 +57,8 @@ def register_gradient(
             found = (None if x is None else grad for x, grad in zip(saved[:inputs], found))
             return *found, *(None for _ in ctx.options)
 
-    def gradient(*arguments):
-        run = getattr(torch.ops.zoo, f"{name}_backward") if watched(arguments[0]) else backward
+    def gradient(*arguments):  # of which those of the outputs come first
+        run = getattr(torch.ops.zoo, f"{name}_backward") if watched(*arguments[:differentiable]) else backward
         return run(*arguments)
 
     class Gradient(torch.autograd.Function):
@@ -75,7 +75,10 @@ def register_gradient(
     @torch.library.impl(f"zoo::{name}", "Autograd")
     def autograd(*arguments):
         if transformed():
-            raise NotImplementedError(f"{name} under torch.func or forward-mode AD needs backend='reference' or 'auto'")
+            raise NotImplementedError(
+                f"{name} under torch.func or forward-mode AD needs backend='reference', which 'auto' is where "
+                "nothing compiles"
+            )
         return Operator.apply(*arguments) if needs_grad(*arguments[:inputs]) else below_autograd(*arguments)
 
     # `Function.apply` but for what it does for transforms, which `watched` tells of.
@@ -125,7 +128,7 @@ def transformed() -> bool:
 def watched(*tensors: Tensor | None) -> bool:
     """Whether something has to see the operators that run on these: a mode, a transform, a kind of tensor."""
     return (
-        any(type(x) not in _KINDS or (x is not None and x.is_neg()) for x in tensors)
+        any(type(x) not in _KINDS or (x is not None and (x.is_neg() or is_legacy_batchedtensor(x))) for x in tensors)
         or tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None

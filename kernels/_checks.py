@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import SymInt, Tensor
+from torch import SymInt, Tensor, bfloat16, float16, float32, float64
 from torch.compiler import is_compiling
 
 from zoo.kernels._autograd import transformed
+
+DTYPES = frozenset({float16, bfloat16, float32, float64})
 
 
 def check_maps(query, key, value, extra_key=None, extra_value=None) -> None:
@@ -33,8 +35,9 @@ def check_tensors(**named) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     first, like = next(iter(named.items()))
-    if not like.dtype.is_floating_point:
-        raise TypeError(f"{first} must be of a floating dtype, got {like.dtype}")
+    if like.dtype not in DTYPES:
+        names = "float16, bfloat16, float32 or float64"
+        raise TypeError(f"{first} must be of a floating dtype, got {like.dtype}; cast it to {names}")
     for name, x in named.items():
         if x.dtype != like.dtype:
             raise TypeError(f"{name} must have the dtype of {first}, {like.dtype}, got {x.dtype}")
@@ -46,6 +49,8 @@ def check_map(name: str, x: Tensor) -> None:
     """`x` is laid out as a map."""
     if x.dim() != 5:
         raise ValueError(f"{name} must be [batch, height, width, heads, head_dim], got shape {tuple(x.shape)}")
+    if 0 in x.shape[3:]:
+        raise ValueError(f"{name} must have heads, and a head_dim of at least 1, got shape {tuple(x.shape)}")
 
 
 def check_same_shape(name: str, x: Tensor, other: str, like: Tensor) -> None:

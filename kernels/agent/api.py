@@ -125,6 +125,8 @@ def _check(query, key, value, agent, agent_bias, query_bias) -> None:
 def _check_pooling(query, side) -> None:
     check_tensors(query=query)
     check_map("query", query)
+    if 0 in query.shape[1:3]:
+        raise ValueError(f"query must be a map of at least 1 x 1, got shape {tuple(query.shape)}")
     if not isinstance(side, int) or isinstance(side, bool):
         raise TypeError(f"side must be an int, got {side!r}")
     if side < 1:

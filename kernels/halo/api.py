@@ -89,7 +89,7 @@ def _check_tensors(query, key, value, block_size: int, stride: int) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_map(name, x)
     batch, height, width, heads, dim = key.shape
-    if height % block_size or width % block_size:
+    if height % block_size or width % block_size or 0 in (height, width):
         raise ValueError(
             f"the map must be a multiple of block_size={block_size} on both axes, got {height} x {width}; "
             "pad it at the bottom and the right, or take another block_size"

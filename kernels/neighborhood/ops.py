@@ -78,7 +78,7 @@ def choose_backend(query: Tensor, backend: str, covers_map: bool, return_lse: bo
     if takes_triton(query, backend):
         return "triton", "its fused kernels are the fastest on GPUs"
     # On an empty batch scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
-    if covers_map and not return_lse and query.shape[0] > 0:
+    if backend == "auto" and covers_map and not return_lse and query.shape[0] > 0:
         return "dense", "the window covers the map: torch's scaled_dot_product_attention is exact"
     return "tiled", "asked for" if backend == "tiled" else "it runs everywhere"
 

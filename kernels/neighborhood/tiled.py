@@ -64,10 +64,10 @@ def axis_tiles(length: int, kernel_size: int, dilation: int, stride: int, border
 
     groups = []
     for (first_key, end_key, *windows), firsts in patterns.items():
-        queries, keys = torch.arange(len(windows)), torch.arange(first_key, end_key)
-        starts, ends = (torch.tensor(x)[:, None] for x in zip(*windows))
+        queries, keys = torch.arange(len(windows), device="cpu"), torch.arange(first_key, end_key, device="cpu")
+        starts, ends = (torch.tensor(x, device="cpu")[:, None] for x in zip(*windows))
         visible = (starts <= keys) & (keys < ends)
-        first_queries, first_keys = (torch.tensor(x) for x in zip(*firsts))
+        first_queries, first_keys = (torch.tensor(x, device="cpu") for x in zip(*firsts))
         steps = dilation * queries, dilation * (keys - first_key)
         groups.append(AxisTiles(first_queries, first_keys, *steps, keys - queries[:, None], visible))
     return groups
