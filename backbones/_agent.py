@@ -14,6 +14,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.backbones._backbone import check_heads
 from zoo.backbones._checkpoint import AdaptedLoading
 from zoo.kernels import agent_attention, pool_agents
 from zoo.kernels._symbols import is_symbol
@@ -82,8 +83,7 @@ class AgentAttention(AdaptedLoading, nn.Module):
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
+        check_heads(num_heads, dim=dim)
         if num_agents < 1 or math.isqrt(num_agents) ** 2 != num_agents:
             raise ValueError(f"num_agents must be the square of a positive number, got {num_agents}")
         self.agent_side = math.isqrt(num_agents)
@@ -195,19 +195,35 @@ class AddPosition(nn.Module):
         return x + _resize_map(table, x.shape[1], x.shape[2], self.mode).permute(0, 2, 3, 1)
 
 
-def adapt_pos_embed(state_dict: dict[str, Tensor], key: str, size: tuple[int, int], num_prefix_tokens: int = 0) -> None:
-    """Edit `state_dict` to fit: resize the position embeddings of a square map with another number of tokens."""
+def adapt_pos_embed(
+    state_dict: dict[str, Tensor], key: str, size: tuple[int, int], attn: str, num_prefix_tokens: int = 0
+) -> None:
+    """Edit `state_dict` to fit: resize the position embeddings of another map.
+
+    Of which map they are is in the tables of the attention named `attn`, before that adapts them. Without such tables
+    they are of a square map, unless their number is that of `size`.
+    """
     table = state_dict.get(key)
     if not isinstance(table, Tensor) or table.ndim != 3:
         return
     prefix, table = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-    side = math.isqrt(table.shape[1])
-    if table.shape[1] == size[0] * size[1] or table.shape[1] != side**2 or side == 0:
+    tokens, source = table.shape[1], _map_of_tables(state_dict, attn)
+    if source[0] * source[1] != tokens:
+        source = size if tokens == size[0] * size[1] else (math.isqrt(tokens), math.isqrt(tokens))
+    if source == size or source[0] * source[1] != tokens or tokens == 0:
         return
-    _logger.info("%s: resizing from %s to %s", key, (side, side), size)
-    table = table.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+    _logger.info("%s: resizing from %s to %s", key, source, size)
+    table = table.unflatten(1, source).permute(0, 3, 1, 2).float()
     table = _resize_map(table, size[0], size[1], "bicubic").flatten(2).transpose(1, 2)
     state_dict[key] = torch.cat([prefix, table.to(prefix.dtype)], 1)
+
+
+def _map_of_tables(state_dict: dict[str, Tensor], attn: str) -> tuple[int, int]:
+    """Height and width of the map of queries that the tables in `state_dict` are made for, (0, 0) without them."""
+    rows, cols = state_dict.get(f"{attn}ha_bias"), state_dict.get(f"{attn}wa_bias")
+    if not all(isinstance(table, Tensor) and table.ndim == 5 for table in (rows, cols)):
+        return 0, 0
+    return rows.shape[2], cols.shape[3]
 
 
 def check_stages(num_stages: int | None = None, **per_stage: Sequence) -> None:

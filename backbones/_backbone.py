@@ -36,12 +36,41 @@ __all__ = [
     "any_padding",
     "autocast_dtype",
     "before_product",
+    "check_heads",
+    "check_positive",
     "get_norm_layer",
 ]
 
 
 # timm's patches as a map of [batch, height, width, channels], of an image of any size padded to whole patches
 PaddedPatchEmbed = partial(PatchEmbed, img_size=None, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True)
+
+
+def check_heads(num_heads: int, **dim: int) -> None:
+    """Check that the heads share the width, which is given by the name that it has for the caller.
+
+    Raises:
+        ValueError: They do not.
+    """
+    ((name, width),) = dim.items()
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads must divide {name}, got num_heads={num_heads} and {name}={width}")
+
+
+def check_positive(**named: int | Sequence) -> None:
+    """Check that all are at least 1. A sequence is if it has entries and all of them are.
+
+    Raises:
+        ValueError: One is not.
+    """
+
+    def is_positive(value: int | Sequence) -> bool:
+        return len(value) > 0 and all(map(is_positive, value)) if isinstance(value, Sequence) else value >= 1
+
+    for name, value in named.items():
+        if not is_positive(value):
+            must = "have entries, all of at least 1" if isinstance(value, Sequence) else "be at least 1"
+            raise ValueError(f"{name} must {must}, got {value}")
 
 
 def any_padding(bottom: int, right: int) -> bool:
@@ -421,7 +450,7 @@ class Backbone(CheckedLoading, nn.Module):
                 y = y[:, self.num_prefix_tokens :]
                 if output_fmt == "NCHW":
                     map_height, map_width = self._map_size(height, width)
-                    y = y.reshape(y.shape[0], map_height, map_width, -1).permute(0, 3, 1, 2).contiguous()
+                    y = y.reshape(y.shape[0], map_height, map_width, y.shape[-1]).permute(0, 3, 1, 2).contiguous()
             elif self.output_fmt != output_fmt:
                 y = (y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y.permute(0, 2, 3, 1)).contiguous()
             intermediates.append(y)

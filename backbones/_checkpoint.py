@@ -112,8 +112,19 @@ def mismatches(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) ->
         if nested:
             problems.append(f"the weights may be under [{nested[0]!r}]")
         elif not common and expected:
-            problems.append("no name in common: the weights are of another architecture")
+            prefix = _find_prefix(state_dict, missing)
+            problems.append(
+                f"every name has {prefix!r} before it: load the weights without that"
+                if prefix
+                else "no name in common: the weights are of another architecture"
+            )
     return problems
+
+
+def _find_prefix(state_dict: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What stands in `state_dict` before all of `names`, "" if nothing does."""
+    found = (key.removesuffix(names[0]) for key in state_dict if key.endswith(f".{names[0]}"))
+    return next((prefix for prefix in found if all(f"{prefix}{name}" in state_dict for name in names)), "")
 
 
 def _is_tensor(value: Any) -> bool:
@@ -138,7 +149,7 @@ def _shape_hints(model: nn.Module, state_dict: Mapping[str, Any], reshaped: list
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The weights in what a trainer saved, under the names that they have in the model.
+    """The weights in what a trainer saved, under the names that they have in the model, without a prefix to all.
 
     Weights averaged over the training are taken only where there are no others: published figures are of the latter.
     The result is a copy, since timm edits what it loads (stem, classifier).
@@ -147,7 +158,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
             break
-    return clean_state_dict(state_dict)
+    state_dict = clean_state_dict(state_dict)
+    prefix = _find_prefix(state_dict, list(model.state_dict()))
+    return {key.removeprefix(prefix): value for key, value in state_dict.items()}
 
 
 def build_model(
@@ -179,7 +192,7 @@ def build_model(
             be fetched, are truncated, hold more than tensors, or do not fit.
     """
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    source = cfg.file or cfg.hf_hub_id or cfg.url
+    source = "the given state_dict" if cfg.state_dict else cfg.file or cfg.hf_hub_id or cfg.url
     is_file = bool(cfg.file or (cfg.url and not cfg.hf_hub_id))
     reads = pretrained and is_file and not cfg.state_dict and cfg.source not in ("hf-hub", "local-dir")
     built = []
@@ -209,7 +222,7 @@ def build_model(
             **kwargs,
         )
     except _UNREADABLE as error:
-        if pretrained and built and cfg.notes and not (source or cfg.state_dict):
+        if pretrained and built and cfg.notes and not source:
             raise RuntimeError(f"no weights to load for {variant}: {'; '.join(cfg.notes)}") from error
         if not (pretrained and source and built):  # an error of the constructor
             raise

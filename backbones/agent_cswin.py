@@ -18,7 +18,14 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
-from zoo.backbones._backbone import Backbone, CheckpointedBlock, any_padding, before_product, get_norm_layer
+from zoo.backbones._backbone import (
+    Backbone,
+    CheckpointedBlock,
+    any_padding,
+    before_product,
+    check_heads,
+    get_norm_layer,
+)
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels._cells import cut, join
 from zoo.kernels._symbols import ceil_div, crop
@@ -77,8 +84,7 @@ class StripeBranch(nn.Module):
             ValueError: `num_heads` does not divide `dim`.
         """
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
+        check_heads(num_heads, dim=dim)
         self.num_heads = num_heads
         self.rows = rows
         self.cols = cols
@@ -228,7 +234,8 @@ class AgentCswin(Backbone):
             act_layer: Activation of the MLPs.
 
         Raises:
-            ValueError: What is per stage is not of four stages.
+            ValueError: What is per stage is not of four stages, `num_heads` does not divide the widths, or is odd in
+                a stage of stripes.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
@@ -245,6 +252,10 @@ class AgentCswin(Backbone):
                 return [AgentBranch(dim, heads, num_agents[stage], sizes[stage], **dd)]
             if stage == 3:
                 return [StripeBranch(dim, heads, **dd)]
+            if heads % 2:
+                raise ValueError(
+                    f"num_heads must be even in stages of stripes, which halve them, got {heads} in {num_heads}"
+                )
             return [
                 StripeBranch(dim // 2, heads // 2, cols=stripe_width, **dd),
                 StripeBranch(dim // 2, heads // 2, rows=stripe_width, **dd),

@@ -29,7 +29,14 @@ from zoo.backbones._agent import (
     adapt_pos_embed,
     agent_cfg,
 )
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock, get_norm_layer
+from zoo.backbones._backbone import (
+    Backbone,
+    PaddedPatchEmbed,
+    TransformerBlock,
+    check_heads,
+    check_positive,
+    get_norm_layer,
+)
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 
 __all__ = ["AgentDeit", "AgentTokenAttention", "TokenAttention"]
@@ -96,8 +103,7 @@ class TokenAttention(nn.Module):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
+        check_heads(num_heads, dim=dim)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -172,9 +178,13 @@ class AgentDeit(AdaptedLoading, Backbone):
             drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 at the first.
             norm_layer: Normalisation over the last axis.
             act_layer: Activation of the MLPs.
+
+        Raises:
+            ValueError: `patch_size` is below 1, `num_heads` does not divide `embed_dim`, or `num_agents` is no square.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        check_positive(patch_size=patch_size)
         norm_layer = get_norm_layer(norm_layer)
         act_layer = get_act_layer(act_layer)
         self.patch_size = patch_size
@@ -240,7 +250,7 @@ class AgentDeit(AdaptedLoading, Backbone):
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Edit `state_dict` to fit: resize the position embeddings of another map."""
-        adapt_pos_embed(state_dict, f"{prefix}pos_embed", self.size, num_prefix_tokens=1)
+        adapt_pos_embed(state_dict, f"{prefix}pos_embed", self.size, f"{prefix}blocks.0.attn.", num_prefix_tokens=1)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -32,7 +32,14 @@ from zoo.backbones._agent import (
     check_stages,
     map_sizes,
 )
-from zoo.backbones._backbone import Backbone, PaddedPatchEmbed, TransformerBlock, any_padding, get_norm_layer
+from zoo.backbones._backbone import (
+    Backbone,
+    PaddedPatchEmbed,
+    TransformerBlock,
+    any_padding,
+    check_positive,
+    get_norm_layer,
+)
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels._symbols import ceil_div
 
@@ -66,6 +73,7 @@ class AgentReducedAttention(AgentAttention):
             proj_drop: Dropout rate of the output.
         """
         dd = {"device": device, "dtype": dtype}
+        check_positive(sr_ratio=sr_ratio)
         super().__init__(dim, num_heads, num_agents, size, (-(-size[0] // sr_ratio), -(-size[1] // sr_ratio)), **dd)
         self.sr_ratio = sr_ratio
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
@@ -232,7 +240,7 @@ class AgentPvt(AdaptedLoading, Backbone):
     def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Edit `state_dict` to fit: resize the position embeddings of other maps."""
         for i, size in enumerate(self.sizes):
-            adapt_pos_embed(state_dict, f"{prefix}pos_embed{i + 1}", size)
+            adapt_pos_embed(state_dict, f"{prefix}pos_embed{i + 1}", size, f"{prefix}block{i + 1}.0.attn.")
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

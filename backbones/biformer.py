@@ -7,9 +7,8 @@ them are dead; who has such a file passes its path, and it loads as it was publi
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,8 @@ from timm.layers import DropPath, LayerNorm2d, LayerType, calculate_drop_path_ra
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, CheckpointedBlock, LayerNorm, any_padding, before_product
-from zoo.backbones._checkpoint import build_model
+from zoo.backbones._backbone import Backbone, CheckpointedBlock, LayerNorm, any_padding, before_product, check_heads
+from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import routing_attention_2d
 from zoo.kernels._symbols import ceil_div, crop
 
@@ -29,11 +28,6 @@ __all__ = ["BiFormer", "BiFormerBlock", "BiFormerStl", "RoutingAttention", "Rout
 def _local(dim: int, device=None, dtype=None) -> nn.Conv2d:
     """The depthwise convolution beside every attention (LePE)."""
     return nn.Conv2d(dim, dim, kernel_size=5, padding=2, groups=dim, device=device, dtype=dtype)
-
-
-def _check_heads(dim: int, num_heads: int) -> None:
-    if dim % num_heads:
-        raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
 
 
 def _route(qkv: Tensor, region_size: tuple[int, int], topk: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +61,7 @@ class RoutingAttention(nn.Module):
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(num_heads, dim=dim)
         self.num_heads = num_heads
         self.n_win = n_win
         self.topk = min(topk, n_win**2)
@@ -106,7 +100,7 @@ class RoutingAttention2d(nn.Module):
         """See `RoutingAttention`."""
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(num_heads, dim=dim)
         self.num_heads = num_heads
         self.n_win = n_win
         self.topk = topk
@@ -141,7 +135,7 @@ class FullAttention(nn.Module):
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(num_heads, dim=dim)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -162,7 +156,7 @@ class FullAttention2d(nn.Module):
         """See `FullAttention`."""
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(num_heads, dim=dim)
         self.num_heads = num_heads
         self.qkv = nn.Conv2d(dim, 3 * dim, kernel_size=1, bias=False, **dd)
         self.proj = nn.Conv2d(dim, dim, kernel_size=1, **dd)
@@ -261,6 +255,8 @@ class Patches(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in_dim, height, width] -> [batch, dim, height // size or 1, width // size or 1]"""
+        if x.shape[2] == 0 or x.shape[3] == 0:  # padded, it would be an image of zeros
+            raise ValueError(f"x must have a height and a width of at least 1, got shape {list(x.shape)}")
         pad_h, pad_w = max(0, self.kernel_size[0] - x.shape[2]), max(0, self.kernel_size[1] - x.shape[3])
         if pad_h > 0 or pad_w > 0:
             x = F.pad(x, (0, pad_w, 0, pad_h))
@@ -414,11 +410,6 @@ class BiFormerStl(BiFormer):
         return nn.Sequential(nn.BatchNorm2d(dim, **dd), Patches(dim, 2 * dim, size=2, **dd))
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The weights of a published file, which has them under "model"; those names need no change."""
-    return dict(state_dict.get("model", state_dict))
-
-
 def _cfg(**kwargs) -> dict:
     return {
         "url": "",
@@ -465,7 +456,7 @@ default_cfgs = generate_default_cfgs(
 def _create_biformer(
     variant: str, pretrained: bool = False, model_cls: type[BiFormer] = BiFormer, **kwargs
 ) -> BiFormer:
-    return build_model(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(model_cls, variant, pretrained, **kwargs)
 
 
 _STL = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 8), mlp_ratio=4.0, drop_path_rate=0.1)

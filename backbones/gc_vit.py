@@ -30,7 +30,16 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Stages, TransformerBlock, any_padding, autocast_dtype, get_norm_layer
+from zoo.backbones._backbone import (
+    Backbone,
+    Stages,
+    TransformerBlock,
+    any_padding,
+    autocast_dtype,
+    check_heads,
+    check_positive,
+    get_norm_layer,
+)
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import window_attention_2d
 from zoo.kernels._cells import cut, join
@@ -73,12 +82,12 @@ class WindowAttention(AdaptedLoading, nn.Module):
             proj_drop: Dropout rate of the output.
 
         Raises:
-            ValueError: `num_heads` does not divide `dim`.
+            ValueError: `num_heads` does not divide `dim`, or `window_size` is below 1.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
+        check_heads(num_heads, dim=dim)
+        check_positive(window_size=window_size)
         self.num_heads = num_heads
         self.window_size = to_2tuple(window_size)
         self.use_global = use_global
@@ -448,10 +457,12 @@ class GcVit(Backbone):
             act_layer: Activation of the MLPs and of the convolutions.
 
         Raises:
-            ValueError: `depths`, `num_heads`, `window_ratio` and `window_size` differ in length.
+            ValueError: `depths`, `num_heads`, `window_ratio` and `window_size` differ in length, `num_heads` does not
+                divide the widths, or one of the others is below 1.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        check_positive(depths=depths, window_ratio=window_ratio)
         num_levels = len(depths)
         if window_size is None:
             window_size = [tuple(max(1, side // ratio) for side in to_2tuple(img_size)) for ratio in window_ratio]

@@ -30,7 +30,7 @@ from timm.layers.halo_attn import HaloAttn
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Blocks, CheckpointedBlock, any_padding
+from zoo.backbones._backbone import Backbone, Blocks, CheckpointedBlock, any_padding, check_heads, check_positive
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import halo_attention_2d
 from zoo.kernels._symbols import ceil_div, crop
@@ -69,10 +69,10 @@ class HaloAttention(HaloAttn):
             stride: 1, or 2 for a map of half the size.
 
         Raises:
-            ValueError: `num_heads` does not divide `dim_out`, or `stride` is neither 1 nor 2.
+            ValueError: `num_heads` does not divide `dim_out`, `block_size` is below 1, or `stride` is neither 1 nor 2.
         """
-        if dim_out % num_heads:
-            raise ValueError(f"num_heads must divide dim_out, got num_heads={num_heads} and dim_out={dim_out}")
+        check_heads(num_heads, dim_out=dim_out)
+        check_positive(block_size=block_size)
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride}")
         super().__init__(
@@ -88,7 +88,10 @@ class HaloAttention(HaloAttn):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, dim, height, width] -> [batch, dim_out, ceil(height / stride), ceil(width / stride)]"""
+        """[batch, dim, height, width] -> [batch, dim_out, ceil(height / stride), ceil(width / stride)]
+
+        With an odd `block_size` and a stride of 2 it is rounded down: the output is pooled then, not the queries.
+        """
         # The projections are laid out head by head, the keys of a head before its values.
         query = self.q(x).unflatten(1, (self.num_heads, self.dim_head_qk)).permute(0, 3, 4, 1, 2)
         dim_head = self.dim_head_qk + self.dim_head_v
@@ -162,12 +165,12 @@ class HaloBlock(CheckpointedBlock):
             act_layer: Activation.
 
         Raises:
-            ValueError: `num_heads` does not divide `dim` and `value_dim`, or `stride` is neither 1 nor 2.
+            ValueError: `num_heads` does not divide `dim` and `value_dim`, `block_size` is below 1, or `stride` is
+                neither 1 nor 2.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
+        check_heads(num_heads, dim=dim)
         conv = partial(ConvNormAct, norm_layer=norm_layer, act_layer=act_layer, **dd)
         self.shortcut = nn.Identity()
         if stride > 1 or in_chs != out_chs:
@@ -233,7 +236,7 @@ class HaloNet(Backbone):
 
         Raises:
             ValueError: `depths` and `num_heads` differ in length, `num_heads` does not divide the widths, or
-                `block_size` is odd.
+                `block_size` is odd or below 1.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()

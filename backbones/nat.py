@@ -26,7 +26,16 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Stage, Stages, TransformerBlock, any_padding, get_norm_layer
+from zoo.backbones._backbone import (
+    Backbone,
+    Stage,
+    Stages,
+    TransformerBlock,
+    any_padding,
+    check_heads,
+    check_positive,
+    get_norm_layer,
+)
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import neighborhood_attention_2d_qkvpacked
 from zoo.kernels._symbols import crop
@@ -67,12 +76,12 @@ class NeighborhoodAttention(AdaptedLoading, nn.Module):
             proj_drop: Dropout rate of the output.
 
         Raises:
-            ValueError: `num_heads` does not divide `dim`.
+            ValueError: `num_heads` does not divide `dim`, or `kernel_size` or `dilation` is below 1.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} and dim={dim}")
+        check_heads(num_heads, dim=dim)
+        check_positive(kernel_size=kernel_size, dilation=dilation)
         self.num_heads = num_heads
         self.kernel_size = to_2tuple(kernel_size)
         self.dilation = to_2tuple(dilation)
@@ -245,7 +254,8 @@ class Nat(Backbone):
             act_layer: Activation of the MLPs.
 
         Raises:
-            ValueError: `depths`, `num_heads` and `dilations` differ in length.
+            ValueError: `depths`, `num_heads` and `dilations` differ in length, `num_heads` does not divide the widths,
+                a stage has no dilation, or `kernel_size` or a dilation is below 1.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
@@ -256,6 +266,7 @@ class Nat(Backbone):
                 "depths, num_heads and dilations must have one entry per stage, "
                 f"got {depths}, {num_heads} and {dilations}"
             )
+        check_positive(dilations=dilations)  # no block would have one of none
         norm_layer = get_norm_layer(norm_layer)
         act_layer = get_act_layer(act_layer)
         dims = [embed_dim * 2**i for i in range(num_stages)]

@@ -14,7 +14,7 @@ from timm.layers import LayerType, calculate_drop_path_rates, get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, Blocks, PaddedPatchEmbed, get_norm_layer
+from zoo.backbones._backbone import Backbone, Blocks, PaddedPatchEmbed, check_positive, get_norm_layer
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.backbones.nat import DINAT_PAPER, NeighborhoodBlock, _cfg
 
@@ -70,9 +70,14 @@ class NatIsotropic(Backbone):
             drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 at the first.
             norm_layer: Normalisation over the last axis.
             act_layer: Activation of the MLPs.
+
+        Raises:
+            ValueError: `num_heads` does not divide `embed_dim`, there are no dilations, or one of them, `patch_size` or
+                `kernel_size` is below 1.
         """
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        check_positive(patch_size=patch_size, dilations=dilations)
         norm_layer = get_norm_layer(norm_layer)
         act_layer = get_act_layer(act_layer)
 

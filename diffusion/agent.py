@@ -303,6 +303,9 @@ class _ModelHook:
         self.parameters = tuple(inspect.signature(UNet2DConditionModel.forward).parameters)[1:]
         self.count = threading.local()  # two threads that share a UNet are at different steps
 
+    def __reduce__(self):
+        return _ModelHook, (self.processor,)  # a copy of the UNet counts its own steps, and a count is of a thread
+
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         call = {**dict(zip(self.parameters, args)), **kwargs}
         carried = call.get("cross_attention_kwargs") or {}

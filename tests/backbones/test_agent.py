@@ -339,6 +339,42 @@ def test_position_embeddings_in_a_file_are_resized_bicubically(name):
         torch.testing.assert_close(new[:, prefix:], expected)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [((64, 64), (32, 128)), ((32, 128), (64, 64)), ((32, 64), (64, 64)), ((32, 128), (128, 32))]
+)
+@pytest.mark.parametrize("name", ["agent_deit_tiny", "agent_pvt_tiny"])
+def test_position_embeddings_follow_the_map_that_the_tables_are_made_for(name, old, new):
+    """Not their number, which is that of other maps too; keys may be of a smaller map."""
+    kwargs = dict(depth=1) if "deit" in name else dict(sr_ratios=(8, 4, 2, 1))
+    source, model = small(name, img_size=old, **kwargs), small(name, img_size=new, **kwargs)
+    stride, prefix, key = (16, 1, "pos_embed") if "deit" in name else (8, 0, "pos_embed2")
+    table = getattr(source, key).detach()
+    maps = table[:, prefix:].mT.unflatten(2, (old[0] // stride, old[1] // stride))
+    expected = F.interpolate(maps, size=(new[0] // stride, new[1] // stride), mode="bicubic").flatten(2).mT
+    wrapped = torch.nn.ModuleDict({"model": small(name, img_size=new, **kwargs)})
+    model.load_state_dict(source.state_dict())
+    wrapped.load_state_dict({f"model.{key}": value for key, value in source.state_dict().items()})
+    for loaded in (model, wrapped["model"]):
+        torch.testing.assert_close(getattr(loaded, key)[:, prefix:].detach(), expected)
+        assert torch.equal(getattr(loaded, key)[:, :prefix], table[:, :prefix])
+    again = small(name, img_size=old, **kwargs)
+    again.load_state_dict(source.state_dict())
+    assert torch.equal(getattr(again, key), table)
+
+
+def test_position_embeddings_without_tables_are_of_a_square_map():
+    source = small("agent_deit_tiny", agent_depth=0)
+    model = small("agent_deit_tiny", agent_depth=0, img_size=(96, 64))
+    model.load_state_dict(source.state_dict())
+    table = source.pos_embed.detach()[:, 1:].mT.unflatten(2, (4, 4))
+    expected = F.interpolate(table, size=(6, 4), mode="bicubic").flatten(2).mT
+    torch.testing.assert_close(model.pos_embed[:, 1:].detach(), expected)
+    wide = small("agent_deit_tiny", agent_depth=0, img_size=(32, 128))
+    state_dict = wide.state_dict()
+    wide.load_state_dict(state_dict)
+    assert torch.equal(wide.pos_embed, state_dict["pos_embed"])
+
+
 def test_position_embeddings_of_no_square_map_are_refused():
     model = small("agent_deit_tiny")
     state_dict = model.state_dict()
@@ -384,6 +420,7 @@ def test_weights_of_another_size_load_inside_another_module():
     ("kwargs", "message"),
     [
         (dict(dim=8, num_heads=3, num_agents=9), "num_heads must divide dim, got num_heads=3 and dim=8"),
+        (dict(dim=8, num_heads=0, num_agents=9), "num_heads must divide dim, got num_heads=0 and dim=8"),
         (dict(dim=8, num_heads=2, num_agents=10), "num_agents must be the square of a positive number, got 10"),
         (dict(dim=8, num_heads=2, num_agents=0), "num_agents must be the square of a positive number, got 0"),
     ],
@@ -399,7 +436,13 @@ def test_refusals(kwargs, message):
         ("agent_swin_tiny", dict(agent_depths=(2, 2)), "must have one entry per stage, 4; agent_depths is"),
         ("agent_pvt_tiny", dict(num_heads=(1, 2, 5)), "must have one entry per stage, 4; num_heads is"),
         ("agent_cswin_tiny", dict(depths=(1, 1, 1)), "must have one entry per stage, 4; depths is"),
+        ("agent_cswin_tiny", dict(num_heads=(2, 4, 7, 16)), r"even in stages of stripes, .*, got 7 in \(2, 4, 7, 16\)"),
+        ("agent_cswin_tiny", dict(num_heads=(1, 1, 1, 1)), r"even in stages of stripes, .*, got 1 in \(1, 1, 1, 1\)"),
         ("agent_deit_tiny", dict(num_agents=50), "num_agents must be the square of a positive number, got 50"),
+        ("agent_deit_tiny", dict(patch_size=0), "patch_size must be at least 1, got 0"),
+        ("agent_deit_tiny", dict(num_heads=0, agent_depth=0), "num_heads must divide dim, got num_heads=0 and dim=192"),
+        ("agent_pvt_tiny", dict(sr_ratios=(8, 4, 0, 1)), "sr_ratio must be at least 1, got 0"),
+        ("agent_swin_tiny", dict(window_size=0), "window_size must be at least 1, got 0"),
     ],
 )
 def test_refusals_of_models(name, kwargs, message):

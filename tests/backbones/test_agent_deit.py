@@ -37,6 +37,11 @@ def test_plain_models_are_timms():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
+def test_maps_of_no_image():
+    _, maps = small("agent_deit_tiny").forward_intermediates(torch.zeros(0, 3, 64, 32))
+    assert [y.shape for y in maps] == [(0, 32, 4, 2)] * 5
+
+
 def test_the_class_token_does_not_enter_the_agents(monkeypatch):
     attn = AgentTokenAttention(8, 2, 4, (4, 4))
     pooled = []

@@ -250,7 +250,24 @@ def test_the_dead_links(name):
     error.match(r"pretrained_cfg_overlay=dict\(file=PATH\), or checkpoint_path=PATH")
 
 
+@pytest.mark.parametrize("wrap", [lambda sd: {"model": sd}, lambda sd: {"state_dict_ema": sd}], ids=["model", "ema"])
+def test_weights_are_found_in_what_trainers_save(wrap):
+    source = small("biformer_tiny")
+    content = wrap({f"module.{key}": value for key, value in source.state_dict().items()})
+    overlay = dict(state_dict=content, num_classes=10)
+    model = small("biformer_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[key]), key
+
+
 # Arguments
+
+
+@pytest.mark.parametrize("name", ["biformer_stl", "biformer_stl_nchw"])
+@pytest.mark.parametrize("size", [(0, 64), (64, 0)])
+def test_images_without_a_side(name, size):
+    with pytest.raises(ValueError, match=r"x must have a height and a width of at least 1, got shape \[2, 3, "):
+        small(name)(torch.zeros(2, 3, *size))
 
 
 REFUSALS = {

@@ -136,6 +136,21 @@ def test_fine_tuning_adapts_head_and_stem(kwargs, tmp_path):
     assert model(torch.randn(1, kwargs.get("in_chans", 3), 32, 32)).shape == (1, kwargs.get("num_classes", 1000) or 96)
 
 
+@pytest.mark.parametrize("kwargs", [dict(), dict(num_classes=5, in_chans=1)], ids=str)
+def test_a_prefix_to_all_names_in_a_file_is_dropped(kwargs, tmp_path):
+    source = timm.create_model("test_dinat")
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {f"model.{key}": value for key, value in source.state_dict().items()}}, path)
+    model = timm.create_model("test_dinat", pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)
+    assert torch.equal(model.levels[3].blocks[0].attn.qkv.weight, source.levels[3].blocks[0].attn.qkv.weight)
+
+
+def test_weights_that_were_given_are_not_blamed_on_an_address():
+    given = dict(state_dict={"head.weight": torch.zeros(1000, 3), "head.bias": torch.zeros(1000)})
+    with pytest.raises(RuntimeError, match="the weights of nat_mini from the given state_dict: weights do not fit"):
+        timm.create_model("nat_mini", pretrained=True, pretrained_cfg_overlay=given)
+
+
 def test_features_only_loads_pretrained_weights(tmp_path):
     source, path = save_test_dinat(tmp_path)
     overlay = dict(file=str(path))
@@ -188,9 +203,15 @@ def not_a_tensor(state_dict):
 
 
 def many(state_dict):
-    return {f"backbone.{key}": value for key, value in state_dict.items()}, [
+    return {key.replace("levels", "stages"): value for key, value in state_dict.items() if "levels" in key}, [
         r"missing: patch_embed.*; and \d+ more",
         "no name in common",
+    ]
+
+
+def prefixed(state_dict):
+    return {f"backbone.{key}": value for key, value in state_dict.items()}, [
+        r"every name has 'backbone\.' before it: load the weights without that$"
     ]
 
 
@@ -198,7 +219,18 @@ def nested(state_dict):
     return {"weights": state_dict, "epoch": 3}, [r"may be under \['weights'\]"]
 
 
-BREAKAGES = [wrong_shape, wrong_heads, wrong_classes, wrong_channels, missing, unexpected, not_a_tensor, many, nested]
+BREAKAGES = [
+    wrong_shape,
+    wrong_heads,
+    wrong_classes,
+    wrong_channels,
+    missing,
+    unexpected,
+    not_a_tensor,
+    many,
+    prefixed,
+    nested,
+]
 
 
 def assert_refused(model, state_dict, patterns, strict=True):

@@ -416,6 +416,19 @@ def test_one_entry_per_level(kwargs):
         GcVit(embed_dim=8, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(depths=(2, 0)), r"depths must have entries, all of at least 1, got \(2, 0\)"),
+        (dict(window_ratio=(0, 32)), r"window_ratio must have entries, all of at least 1, got \(0, 32\)"),
+        (dict(window_size=(7, 0)), "window_size must be at least 1, got 0"),
+    ],
+)
+def test_levels_of_nothing(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GcVit(device="meta", **{**dict(depths=(1, 1), num_heads=(1, 1), window_ratio=(32, 32)), **kwargs})
+
+
 def test_global_attention_needs_a_query():
     with pytest.raises(ValueError, match="q_global must be given"):
         WindowAttention(8, 2, 3, use_global=True)(torch.zeros(1, 3, 3, 8))

@@ -87,6 +87,12 @@ def test_maps_that_blocks_do_not_divide(size, stride):
     torch.testing.assert_close(out, theirs(padded)[:, :, :height, :width], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize(("block_size", "side"), [(3, 4), (4, 5)])
+def test_an_odd_block_size_rounds_half_the_map_down(block_size, side):
+    attn = HaloAttention(8, 8, 1, 8, block_size, 1, stride=2)
+    assert attn(torch.zeros(1, 8, 9, 9)).shape == (1, 8, side, side)
+
+
 def test_shortcut_has_weights_only_where_the_shape_changes():
     assert list(HaloBlock(8, 8, 8, 8, 2).shortcut.parameters()) == []
     assert len(list(HaloBlock(8, 8, 8, 16, 2).shortcut.parameters())) == 3
@@ -101,6 +107,8 @@ def test_shortcut_has_weights_only_where_the_shape_changes():
             r"depths and num_heads must have one entry per stage, got \(3, 3, 10, 3\) and \(4, 8\)",
         ),
         (dict(block_size=7), "block_size must be even, for the stride of 2 between stages, got 7"),
+        (dict(block_size=0), "block_size must be at least 1, got 0"),
+        (dict(num_heads=(0, 8, 8, 8)), "num_heads must divide dim, got num_heads=0 and dim=64"),
         (dict(num_heads=(3, 8, 8, 8)), "num_heads must divide dim, got num_heads=3 and dim=64"),
         (dict(value_ratio=1.03), "num_heads must divide dim_out, got num_heads=4 and dim_out=65"),
     ],

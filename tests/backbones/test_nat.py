@@ -138,9 +138,23 @@ def test_block_applies_layer_scale_to_each_branch():
         torch.testing.assert_close(block(x), y + block.gamma2 * block.mlp(block.norm2(y)))
 
 
-def test_head_count_must_divide_width():
-    with pytest.raises(ValueError, match="num_heads=3 and dim=8"):
-        NeighborhoodAttention(8, 3)
+@pytest.mark.parametrize("num_heads", [3, 0])
+def test_head_count_must_divide_width(num_heads):
+    with pytest.raises(ValueError, match=f"num_heads={num_heads} and dim=8"):
+        NeighborhoodAttention(8, num_heads)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(kernel_size=0), "kernel_size must be at least 1, got 0"),
+        (dict(dilations=((1,), ())), r"dilations must have entries, all of at least 1, got \(\(1,\), \(\)\)"),
+        (dict(dilations=((1,), (0,))), r"dilations must have entries, all of at least 1, got \(\(1,\), \(0,\)\)"),
+    ],
+)
+def test_windows_of_nothing(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Nat(depths=(1, 1), num_heads=(1, 1), device="meta", **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,18 @@ def test_vitrpb_sees_a_window_of_a_larger_map():
     assert torch.all(difference[13:] > 0)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(dilations=()), r"dilations must have entries, all of at least 1, got \(\)"),
+        (dict(patch_size=0), "patch_size must be at least 1, got 0"),
+    ],
+)
+def test_refusals(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("nat_isotropic_small", device="meta", **kwargs)
+
+
 def test_an_image_is_padded_to_whole_patches():
     torch.manual_seed(0)
     model = timm.create_model("dinat_isotropic_small", embed_dim=32, depth=2, num_heads=2).eval()

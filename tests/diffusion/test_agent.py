@@ -1,5 +1,7 @@
 """AgentSD: golden cases of the authors' code, and the processor inside a tiny UNet."""
 
+import copy
+import io
 import logging
 import re
 import threading
@@ -287,6 +289,25 @@ def test_two_threads_share_a_unet(unet):
             thread.join()
     for i in range(2):
         assert all(torch.equal(result, expected[i]) for result in results[i])
+
+
+def through_a_file(unet):
+    file = io.BytesIO()
+    torch.save(unet, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_a_file])
+def test_a_copy_counts_its_own_steps(unet, duplicate):
+    call = make_call("unet", 8, 8)
+    steps = [{**call, "timestep": torch.tensor(t)} for t in (500, 300)]
+    with attach(unet, AgentAttnProcessor({0: EARLY, 1: LATE})):
+        expected = [run(unet, step) for step in steps]
+        twin = duplicate(unet)
+        assert not torch.equal(run(twin, steps[1]), expected[1])  # the first step of the copy
+        assert torch.equal(run(unet, steps[1]), expected[1])
+        assert all(torch.equal(run(twin, step), out) for step, out in zip(steps, expected))
 
 
 def test_without_attach(unet):
