@@ -57,9 +57,10 @@ def register_gradient(
             found = (None if x is None else grad for x, grad in zip(saved[:inputs], found))
             return *found, *(None for _ in ctx.options)
 
-    def gradient(*arguments):  # of which those of the outputs come first
-        run = getattr(torch.ops.zoo, f"{name}_backward") if watched(*arguments[:differentiable]) else backward
-        return run(*arguments)
+    def gradient(*arguments):
+        of_outputs = arguments[:differentiable]  # several at once with `is_grads_batched`
+        seen = watched(*of_outputs) or any(x is not None and is_legacy_batchedtensor(x) for x in of_outputs)
+        return (getattr(torch.ops.zoo, f"{name}_backward") if seen else backward)(*arguments)
 
     class Gradient(torch.autograd.Function):
         """A gradient that shall be differentiated. `once_differentiable` lets `torch.autograd.grad` pass it by."""
@@ -128,7 +129,7 @@ def transformed() -> bool:
 def watched(*tensors: Tensor | None) -> bool:
     """Whether something has to see the operators that run on these: a mode, a transform, a kind of tensor."""
     return (
-        any(type(x) not in _KINDS or (x is not None and (x.is_neg() or is_legacy_batchedtensor(x))) for x in tensors)
+        any(type(x) not in _KINDS or (x is not None and x.is_neg()) for x in tensors)
         or tensors[0].is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
