@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import zoo
 from zoo.errors import UserError
+from zoo.files import check_output, write_whole
 from zoo.kernels import explain_backend, neighborhood_attention_2d
 
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16)}
@@ -70,6 +71,13 @@ def run_bench(models: list[str], operators: bool, output: str | None, settings: 
     if settings.device is None:
         settings = settings._replace(device="cuda" if torch.cuda.is_available() else "cpu")
     check_device(settings.device)
+    if output is not None:
+        check_output(output, folder=True)
+    if models:
+        from zoo.task import check_model_name  # only here: scripts share the rest, and need no Lightning
+
+        for model in models:
+            check_model_name(model)
     warnings.filterwarnings("ignore", module="torch")  # of compilers and peers, of no use to the reader
     torch.backends.cudnn.benchmark = True
     print(about(settings), flush=True)
@@ -129,7 +137,7 @@ def bench_model(name: str, settings: Settings) -> dict[str, Any]:
         name: Any name that ``timm.create_model`` takes.
         settings: Device, batch, dtype, ...
     """
-    from zoo.task import create_model  # only here: scripts share the rest, and need no Lightning
+    from zoo.task import create_model
 
     size = settings.image_size
     try:
@@ -501,8 +509,7 @@ def report(
     console.print(table)
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="") as file:
+    with write_whole(folder / f"{name}.csv") as file:
         writer = csv.DictWriter(file, [*keys, *figures, "note", *Settings._fields, "about"])
         writer.writeheader()
         writer.writerows(row | settings._asdict() | {"about": about(settings)} for row in rows)

@@ -42,13 +42,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception as error:  # zip, pickle and end-of-file errors: to the user they are all one thing
         problem = "it is truncated or damaged, or not a file of PyTorch weights"
-        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
             what = f"Python objects besides weights ({found[1]})"
             problem = f"it holds {what}, which are never loaded because they can run code"
         raise UserError(f"cannot read checkpoint {path} ({path.stat().st_size:,} bytes): {problem}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, expected a dictionary of weights")
+    if "pytorch-lightning_version" in checkpoint:
+        for key in ("state_dict", "hyper_parameters", "data_config"):
+            if not isinstance(held := checkpoint.get(key, {}), dict):
+                raise UserError(f"{path} is damaged: its {key} are a {type(held).__name__}, expected a dictionary")
     return checkpoint
 
 

@@ -16,7 +16,7 @@ import zoo  # noqa: F401  (registers our models)
 from zoo.checkpoints import check_fits, read_checkpoint, read_lightning_checkpoint
 from zoo.data import decode
 from zoo.errors import UserError
-from zoo.task import create_model, expect_data
+from zoo.task import check_model_name, create_model, expect_data
 
 
 @dataclass
@@ -133,5 +133,6 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def _num_classes(name: str) -> int:
+    check_model_name(name)
     cfg = get_pretrained_cfg(name) if timm.is_model(name) else None
     return 1000 if cfg is None else cfg.num_classes

@@ -1,8 +1,12 @@
 """The command ``zoo``. Heavy imports wait until a command needs them."""
 
+import signal
 import sys
 import textwrap
+import threading
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from zoo import __version__
 from zoo.errors import UserError
@@ -40,11 +44,36 @@ def main(args: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        run(command, rest)
+        with ended_by_sigterm(command != "fit"):
+            run(command, rest)
     except UserError as error:
-        print(f"zoo: error: {error}", file=sys.stderr)
+        # What a loader's worker raised comes with a stack trace before it.
+        message = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].rstrip()
+        print(f"zoo: error: {message}", file=sys.stderr)
         return 2
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning makes the former the latter, with status 1.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        print("zoo: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT  # as a shell reports it
     return 0
+
+
+@contextmanager
+def ended_by_sigterm(wanted: bool) -> Iterator[None]:
+    """Let SIGTERM end the command, and what it has begun be tidied up.
+
+    Lightning's trainer puts a handler of its own in the place of none, to which only training listens.
+    """
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(command: str, args: list[str]) -> None:

@@ -18,7 +18,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from zoo.errors import UserError
-from zoo.files import write_whole
+from zoo.files import check_output, write_whole
 
 MAX_CONFUSION_CLASSES = 4096  # of more, the matrix takes gigabytes
 _ONE = 2**24  # of the fixed-point numbers
@@ -192,6 +192,8 @@ class WritePredictions(Callback):
     def __init__(self, path: str | Path | None = None, classes: Sequence[str] | None = None) -> None:
         if path is not None and Path(path).suffix.lower() not in (".csv", ".json"):
             raise UserError(f"predictions go to a .csv or .json file, not to {path}")
+        if path is not None:
+            check_output(path)
         self.path = path
         self.classes = classes
         self.batches: list[list[tuple[str, int, float]]] = []

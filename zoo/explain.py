@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from zoo import kernels
 from zoo.classifier import load_classifier, read_image
+from zoo.data.loading import printable
 from zoo.errors import UserError
+from zoo.files import check_output
 from zoo.pictures import save_explanation
 
 OPERATORS = (
@@ -59,6 +61,7 @@ def run_explain(image: str, model: str | None, checkpoint: str | None, pretraine
     """Draw the picture, and say what is in it and where it is."""
     if Path(output).suffix.lower() != ".png":
         raise UserError(f"--output: expected a file name that ends in .png, got {output}")
+    check_output(output)
     photograph = read_image(image)
     classifier = load_classifier(model, checkpoint, pretrained)
     x = classifier.prepare(photograph).unsqueeze(0)
@@ -78,12 +81,11 @@ def run_explain(image: str, model: str | None, checkpoint: str | None, pretraine
         "published": "published weights",
     }
     weights = note.get(classifier.weights, f"weights of {classifier.weights}")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     pixels = classifier.pixels(x[0])
     save_explanation(Path(output), pixels, answers, cam, point, panels, f"{classifier.name}: {weights}")
     print(f"{classifier.name}, {weights}")
     for name, probability in answers:
-        print(f"  {probability:6.1%}  {name}")
+        print(f"  {probability:6.1%}  {printable(name)}")
     if not panels:
         print("no attention over the whole map was seen in this model, so the picture has none")
     print(f"picture: {output}")

@@ -3,8 +3,10 @@
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from zoo.backbones.biformer import RoutingAttention2d
 from zoo.checkpoints import is_sharded
 from zoo.classifier import load_trained
 from zoo.errors import UserError
+from zoo.files import check_output, naming_file
 from zoo.lowering import written_out
 from zoo.task import create_model
 
@@ -60,8 +63,7 @@ def run_export(
     """
     path = Path(output)
     check_installed(format)
-    if path.is_dir():
-        raise UserError(f"--output: {path} is a folder, expected the name of a file")
+    check_output(path)
     name, model = load_model(source, pretrained, weights)
     if not (pretrained or weights or Path(source).is_file()):
         print(f"{name} has random weights: --pretrained takes the published ones, --weights those of a file")
@@ -119,19 +121,18 @@ def export(
     if dynamic_size:
         shapes += [(2, channels, step, side + step), (1, channels, side + 2 * step, step)]
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, warnings.catch_warnings():
+    with naming_file(path, "--output: "), _drafts(path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exporters, about themselves
         suffix, write, load = _FORMATS[format]
-        draft = Path(folder) / f"draft{suffix}"
+        draft = folder / f"draft{suffix}"
         try:
             write(model, draft, torch.zeros(shapes[0]), step if dynamic_size else None, about)
-        except OSError as error:
-            raise UserError(f"--output: cannot write {path}: {error.strerror or error}") from error
+        except OSError:
+            raise
         except Exception as error:  # exporters raise many kinds
             size = "images of any size" if dynamic_size else f"images of {side} x {side}"
             raise UserError(f"{format} cannot hold {name} for {size}: {_first_line(error)}") from error
-        if list(Path(folder).iterdir()) != [draft]:
+        if list(folder.iterdir()) != [draft]:
             raise UserError(f"{name} is larger than the 2 GiB that one file of format {format} can hold")
         checked = compare(model, load(draft), shapes)
         if not checked.difference <= TOLERANCE:
@@ -141,6 +142,14 @@ def export(
             )
         os.replace(draft, path)
     return checked
+
+
+@contextmanager
+def _drafts(parent: Path) -> Iterator[Path]:
+    """A folder for a while, in ``parent``, so that what is in it can be moved there."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=parent, prefix=".export-") as folder:
+        yield Path(folder)
 
 
 def refuse_any_size(name: str, model: nn.Module) -> None:
@@ -211,7 +220,9 @@ def trace(model: nn.Module, images: Tensor, step: int | None) -> torch.export.Ex
 
 
 def _write_torch_export(model: nn.Module, path: Path, images: Tensor, step: int | None, about: dict[str, Any]) -> None:
-    torch.export.save(trace(model, images, step), path, extra_files={"zoo.json": json.dumps(about)})
+    file = BytesIO()
+    torch.export.save(trace(model, images, step), file, extra_files={"zoo.json": json.dumps(about)})
+    path.write_bytes(file.getbuffer())
 
 
 def _write_onnx(model: nn.Module, path: Path, images: Tensor, step: int | None, about: dict[str, Any]) -> None:
@@ -229,7 +240,9 @@ def _write_onnx(model: nn.Module, path: Path, images: Tensor, step: int | None, 
 
 
 def _write_torchscript(model: nn.Module, path: Path, images: Tensor, step: int | None, about: dict[str, Any]) -> None:
-    torch.jit.save(torch.jit.script(model), path, _extra_files={"zoo.json": json.dumps(about)})
+    file = BytesIO()  # given a path, torch's own writer ends the process when the disk is full
+    torch.jit.save(torch.jit.script(model), file, _extra_files={"zoo.json": json.dumps(about)})
+    path.write_bytes(file.getbuffer())
 
 
 def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:

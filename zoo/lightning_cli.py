@@ -6,7 +6,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from zoo.checkpoints import check_fits, is_sharded, read_lightning_checkpoint
 from zoo.data import Digits, ImageFolder, ReportSkipped  # noqa: F401  (so that short class names resolve)
@@ -86,6 +86,9 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         args = sys.argv[1:] if args is None else args
         self.config = parser.parse_args(resolve_recipes(args))
+        seed = self.config[self.config.subcommand].seed_everything
+        if seed is not None and not 0 <= seed < 2**32:
+            raise UserError(f"--seed_everything: expected 0 to {2**32 - 1}, got {seed}")
         self.config[self.config.subcommand].base = None  # the run's config.yaml holds all that it built on
         self.checkpoint = None
         path = self.config[self.config.subcommand].get("ckpt_path")
@@ -117,10 +120,13 @@ class RecipeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse wraps what a constructor raised in a report on types
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            raise
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # jsonargparse wraps what a constructor raised in a report on types
+                cause = cause.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            raise UserError(str(cause).strip() or type(cause).__name__) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -133,7 +139,7 @@ class RecipeCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         config = self.config_init[self.subcommand]
         if config.get("ckpt_path") == "last":  # Lightning would look in the folder of the new run only
-            path = find_last_checkpoint(self.trainer)
+            path = find_last_checkpoint(self.trainer, needed=self.subcommand != "fit")
             config["ckpt_path"] = path and str(path)
             self.checkpoint = read_lightning_checkpoint(path) if path and path.is_file() else None
         path = config.get("ckpt_path")

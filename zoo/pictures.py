@@ -12,8 +12,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from torch import Tensor, nn
 
+from zoo.files import write_whole
 from zoo.kernels import neighborhood_attention_2d
 
 INK, PAPER, GREY = "#1a1a1a", "white", "#767676"
@@ -59,7 +61,7 @@ def save_predictions(path: Path, images: Tensor, labels: Tensor, probabilities: 
         )
         for spine in axes.spines.values():
             spine.set(color=RED if wrong[i] else "#cccccc", linewidth=2 if wrong[i] else 0.8)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def save_confusion(path: Path, labels: Tensor, predicted: Tensor, classes: list[str]) -> None:
@@ -89,7 +91,7 @@ def save_confusion(path: Path, labels: Tensor, predicted: Tensor, classes: list[
     axes.tick_params(length=0)
     axes.set(xlabel="predicted", ylabel="written")
     axes.set_title(f"{right} of {len(labels)} held-out digits right ({right / len(labels):.1%})", fontsize=11)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def save_curves(path: Path, metrics_csv: Path) -> None:
@@ -127,7 +129,7 @@ def save_curves(path: Path, metrics_csv: Path) -> None:
     loss.set_ylim(bottom=0)
     accuracy.set_ylim(top=1.005)
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def save_samples(path: Path, images: Tensor, nearest: Tensor, classes: list[str], title: str) -> None:
@@ -155,7 +157,7 @@ def save_samples(path: Path, images: Tensor, nearest: Tensor, classes: list[str]
     for axes in grid[-1]:
         axes.spines[:].set(color=BLUE, linewidth=2)
     figure.supxlabel("framed in blue: the training digit nearest to the sample above it", fontsize=9, color=BLUE)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def save_bars(path: Path, labels: list[str], values: list[float | None], quantity: str, title: str) -> None:
@@ -181,7 +183,7 @@ def save_bars(path: Path, labels: list[str], values: list[float | None], quantit
     axes.set(xlim=(0, 1.12 * most), ylim=(len(labels) - 0.5, -0.5), xlabel=quantity)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=8, loc="left")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def save_attention(path: Path, model: nn.Module, image: Tensor, pixel: tuple[int, int], title: str) -> None:
@@ -226,7 +228,7 @@ def save_attention(path: Path, model: nn.Module, image: Tensor, pixel: tuple[int
             axes.set_xlabel(
                 f"{rows} x {columns} tokens, {attn.kernel_size[0]} x {attn.kernel_size[1]} seen{spacing}", fontsize=8
             )
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def save_explanation(
@@ -289,7 +291,7 @@ def save_explanation(
         axes.set_xlabel("\n".join(textwrap.wrap(caption, 44)), fontsize=8)
     if panels:
         figure.supxlabel("attention of the token framed in blue, mean over heads (darker red: more)", fontsize=9)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def paint(axes: Axes, photo: Tensor, weights: Tensor, token: tuple[int, int], line: float) -> None:
@@ -367,6 +369,15 @@ def attention_weights(attn: nn.Module, x: Tensor) -> Tensor:
 def _figure(width: float, height: float) -> Figure:
     """A figure that belongs to no window, so that nothing global is touched."""
     return Figure(figsize=(width, height), dpi=150, facecolor=PAPER, layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure whose words, which hold names of users' classes and files, are drawn as they are."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # else $ would begin a formula
+        text.set_text(text.get_text().encode("utf-8", "replace").decode())  # names of files may be no UTF-8
+    with write_whole(path, binary=True) as file:
+        figure.savefig(file, format="png")
 
 
 def _bare(axes: Axes) -> None:

@@ -11,6 +11,7 @@ from torchvision.utils import save_image
 from zoo.checkpoints import check_fits, read_checkpoint, read_lightning_checkpoint
 from zoo.diffusion import FlowPipeline, NeighborhoodDenoiser
 from zoo.errors import UserError
+from zoo.files import check_output, write_whole
 from zoo.flow import RectifiedFlow
 
 
@@ -30,6 +31,7 @@ def run_sample(
             raise UserError(f"{name}: expected 1 or more, got {value}")
     if Path(output).suffix.lower() != ".png":
         raise UserError(f"--output: expected a file name that ends in .png, got {output}")
+    check_output(output)
     pipeline = load_pipeline(source)
     known = pipeline.denoiser.config.num_classes
     classes = list(range(known)) if classes is None else list(classes)
@@ -39,8 +41,8 @@ def run_sample(
 
     images = sample(pipeline, classes * grid, steps, guidance, seed)
     images = images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    save_image(images, output, nrow=len(classes), pad_value=0.5)
+    with write_whole(output, binary=True) as file:
+        save_image(images, file, format="png", nrow=len(classes), pad_value=0.5)
     print(f"{len(images)} samples, {steps} steps, guidance {guidance:g}, seed {seed}: {output}")
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from timm.data import Mixup, resolve_model_data_config
+from timm.models import get_arch_pretrained_cfgs
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from torchmetrics import MetricCollection
 
 import zoo  # noqa: F401  (registers our models, also where a checkpoint is loaded outside the command line)
 from zoo.checkpoints import read_checkpoint
-from zoo.errors import UserError
+from zoo.errors import UserError, expect_at_least
 from zoo.evaluation import Evaluation, accuracies
 
 CUDA_GRAPHS = "reduce-overhead", "max-autotune"  # the modes of torch.compile that make some
@@ -66,6 +67,10 @@ class Classification(LightningModule):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        expect_at_least(2, num_classes=num_classes)
+        expect_at_least(0, mixup=mixup, cutmix=cutmix, weight_decay=weight_decay, warmup_epochs=warmup_epochs)
+        if not 0 <= label_smoothing <= 1:
+            raise UserError(f"label_smoothing: expected 0 to 1, got {label_smoothing:g}")
         # Where the first weights came from is left out: a trained checkpoint must not fetch or need them again. So is
         # how it was run, which is for each machine to say.
         self.save_hyperparameters(ignore=["pretrained", "checkpoint", "compile", "channels_last", "grad_checkpointing"])
@@ -204,6 +209,20 @@ def warmup_cosine(step: int, warmup: int, total: int, end: float = 0.0) -> float
     return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def check_model_name(model_name: str) -> None:
+    """Raise a :class:`UserError` unless timm knows such a model; names with a source wait until they are looked up."""
+    if ":" in model_name:  # as "hf-hub:..." has
+        return
+    arch, _, tag = model_name.partition(".")
+    if not timm.is_model(arch):
+        close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"model_name: timm knows no model {model_name!r}{hint} (`zoo models` lists ours)")
+    known = list(get_arch_pretrained_cfgs(arch))
+    if tag and model_name not in known:
+        raise UserError(f"model_name: timm knows no weights {model_name!r}, only {', '.join(known) or 'none'}")
+
+
 def create_model(
     model_name: str,
     num_classes: int,
@@ -216,10 +235,7 @@ def create_model(
     Raises:
         UserError: There is no such model, or its weights cannot be had.
     """
-    if ":" not in model_name and not timm.is_model(model_name):  # "hf-hub:..." names are resolved by timm
-        close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(f"model_name: timm knows no model {model_name!r}{hint} (`zoo models` lists ours)")
+    check_model_name(model_name)
     model_args = dict(model_args or {})
     if checkpoint is not None:
         read_checkpoint(checkpoint)
@@ -229,7 +245,7 @@ def create_model(
     with_weights = pretrained or checkpoint is not None
     try:
         return timm.create_model(model_name, with_weights, num_classes=num_classes, **model_args)
-    except (OSError, RuntimeError) as error:  # there are none, no network, or not of this model
-        if with_weights:
+    except (OSError, RuntimeError, ValueError) as error:  # there are none, no network, or not of this model
+        if with_weights or ":" in model_name:
             raise UserError(str(error)) from error
         raise

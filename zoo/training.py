@@ -223,13 +223,13 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
-def find_last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest whole checkpoint of the last runs with the same name, or None where there is none at all.
+def find_last_checkpoint(trainer: Trainer, needed: bool = False) -> Path | None:
+    """The newest whole checkpoint of the last runs with the same name, or None where there is none and none needed.
 
     Those that cannot be read, for instance because they were cut off, are named in a warning.
 
     Raises:
-        UserError: There are some, but none can be read.
+        UserError: None of them can be read, or there is none and one is ``needed``.
     """
     folder = run_folder(trainer)
     names = "*/checkpoints/last*.ckpt" if trainer.loggers else "checkpoints/last*.ckpt"
@@ -244,9 +244,10 @@ def find_last_checkpoint(trainer: Trainer) -> Path | None:
             rank_zero_warn(f"{error}; looking for the checkpoint before it")
     if found:
         raise UserError(f"--ckpt_path last: none of the {len(found)} checkpoints in {folder.parent} can be read")
-    rank_zero_warn(
-        f"--ckpt_path last: there is no checkpoint in {folder.parent} yet, so training starts from the beginning"
-    )
+    nothing = f"--ckpt_path last: there is no checkpoint in {folder.parent} yet"
+    if needed:
+        raise UserError(f"{nothing}; expected one of `zoo fit`, or the path of another")
+    rank_zero_warn(f"{nothing}, so training starts from the beginning")
     return None
 
 
@@ -418,6 +419,7 @@ class GlobalBatchSize(Callback):
                 f"batch_size of {per_device} on {devices} device{'s' if devices > 1 else ''}"
             )
         trainer.accumulate_grad_batches = self.size // (per_device * devices)
-        if trainer.accumulate_grad_batches > 1 and trainer.limit_train_batches == 1.0:
+        limit = trainer.limit_train_batches
+        if trainer.accumulate_grad_batches > 1 and isinstance(limit, float) and limit == 1:  # a whole 1 is a batch
             batches = len(trainer.datamodule.train_dataloader())
             trainer.limit_train_batches = batches - batches % trainer.accumulate_grad_batches or batches

@@ -1,6 +1,7 @@
 """`zoo bench`: nothing is timed before it was found right, and figures are of what they say."""
 
 import csv
+import os
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ import zoo.bench
 import zoo.task
 from zoo.bench import Settings, bench_call, bench_model, peak_bytes, relative_error, scatter_weights, time_flex
 from zoo.cli import main
+from zoo.errors import UserError
 
 CPU = Settings("cpu", seconds=0.0)
 
@@ -46,8 +48,9 @@ def test_rows_are_printed_as_they_are_measured(capsys, monkeypatch):
 
     monkeypatch.setattr(zoo.bench, "bench_model", measure)
     monkeypatch.setattr(zoo.bench, "bench_kernels", lambda _: (measure(name) for name in ("c", "d")))
-    assert main(["bench", "a", "b", "--kernels", "--device", "cpu"]) == 0
-    assert printed == ["", "a  latency ms 1,234.57  seen\n", "b  latency ms 1,234.57  seen\n", "c  seen\n"]
+    assert main(["bench", "test_vit", "nat_tiny", "--kernels", "--device", "cpu"]) == 0
+    rows = [f"{name}  latency ms 1,234.57  seen\n" for name in ("test_vit", "nat_tiny")]
+    assert printed == ["", *rows, "c  seen\n"]
 
 
 def test_a_model_that_is_wrong_has_no_figures(monkeypatch):
@@ -158,16 +161,28 @@ def test_peak_memory(capfd):
     assert not capfd.readouterr().err
 
 
+def test_a_full_disk_leaves_the_old_figures(tmp_path, monkeypatch):
+    def fill_the_disk(_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "models.csv").write_text("old")
+    monkeypatch.setattr(os, "fsync", fill_the_disk)
+    with pytest.raises(UserError, match=r"cannot write .*models\.csv: No space left on device"):
+        zoo.bench.report("models", [{"name": "a", "latency ms": 1.0}], zoo.bench.MODEL_FIGURES, CPU, tmp_path)
+    assert (tmp_path / "models.csv").read_text() == "old"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ([], "nothing to measure: give names of models, or --kernels"),
-        (["test_dinatt"], "did you mean test_dinat"),
+        (["test_dinat", "test_dinatt"], "did you mean test_dinat"),
         (["test_dinat", "--batch-size", "0"], "--batch-size: expected more than 0, got 0"),
         (["--kernels", "--image-size", "50"], "--image-size: expected a multiple of 32 for the operators, got 50"),
         (["--kernels", "--device", "warp"], "--device: torch cannot use 'warp' here"),
     ],
 )
-def test_mistakes(capsys, args, message):
+def test_mistakes(capsys, monkeypatch, args, message):
+    monkeypatch.setattr(zoo.bench, "bench_model", None)  # nothing is measured before
     assert main(["bench", *args]) == 2
     assert message in capsys.readouterr().err

@@ -3,15 +3,20 @@
 import csv
 import functools
 import operator
+import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from timm.models import get_pretrained_cfg
+from torch._utils import ExceptionWrapper
 
 import zoo
 from zoo.cli import main
@@ -20,6 +25,15 @@ from zoo.lightning_cli import RecipeCLI
 from zoo.models import describe, format_count, our_models, print_models, published_top1
 from zoo.recipes import list_recipes, resolve_recipe, resolve_recipes
 from zoo.task import create_model
+
+LIGHTNING = {"pytorch-lightning_version": "2.6.6", "state_dict": {}}
+
+
+class RunsCode:
+    """When it is unpickled without care."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +291,11 @@ class TestErrors:
             (b"<html>404</html>", "truncated or damaged"),
             ("cut", "truncated or damaged"),
             ({"weight": torch.ones(2)}, "not a checkpoint of `zoo fit`: it holds 'weight'"),
-            ({"x": UserError}, "Python objects besides weights"),
+            ({"x": UserError}, "Python objects besides weights (zoo.errors.UserError)"),
+            ({"x": RunsCode()}, f"Python objects besides weights ({os.system.__module__}.system)"),
+            ({**LIGHTNING, "hyper_parameters": None}, "its hyper_parameters are a NoneType"),
+            ({**LIGHTNING, "hyper_parameters": torch.ones(2)}, "its hyper_parameters are a Tensor"),
+            ({**LIGHTNING, "state_dict": None}, "its state_dict are a NoneType"),
         ],
     )
     def test_bad_checkpoint(self, capsys, monkeypatch, tmp_path, content, message):
@@ -293,6 +311,90 @@ class TestErrors:
         assert message in error
         assert "bad.ckpt" in error
         assert not (tmp_path / "runs").exists()  # before any work
+
+    @pytest.mark.parametrize("command", ["validate", "test", "predict"])
+    def test_no_last_checkpoint(self, capsys, monkeypatch, tmp_path, command):
+        error = self.run(capsys, monkeypatch, tmp_path, command, *self.BASE, "--ckpt_path", "last")
+        assert "--ckpt_path last: there is no checkpoint in runs/digits-dinat yet" in error
+
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("--data.batch_size", "0", "batch_size: expected 1 or more, got 0"),
+            ("--data.image_size", "-8", "image_size: expected 1 or more, got -8"),
+            ("--model.label_smoothing", "2", "label_smoothing: expected 0 to 1, got 2"),
+            ("--model.mixup", "-1", "mixup: expected 0 or more, got -1"),
+            ("--model.model_args", "{bogus: 3}", "unexpected keyword argument 'bogus'"),
+            ("--model.model_name", "resnet18.nope", "timm knows no weights 'resnet18.nope', only resnet18.a1_in1k"),
+            ("--model.model_name", "foo:bar", "source 'foo'"),
+            ("--seed_everything", "-1", "--seed_everything: expected 0 to 4294967295, got -1"),
+            ("--trainer.devices", "0", "`Trainer(devices='0')` value is not a valid input"),
+            ("--trainer.accelerator", "warp", "invalid accelerator name: `accelerator='warp'`"),
+        ],
+    )
+    def test_wrong_value(self, capsys, monkeypatch, tmp_path, option, value, message):
+        base = self.BASE if "model_args" in option else (*self.BASE, "--model.model_args", "{}")
+        error = self.run(capsys, monkeypatch, tmp_path, "fit", *base, "--trainer.accelerator", "cpu", option, value)
+        assert message in error
+
+    def test_of_a_loaders_worker(self, capsys, monkeypatch):
+        def fail_as_a_worker(*_):
+            try:
+                raise UserError("there is nothing in x.tar")
+            except UserError:
+                failure = ExceptionWrapper(sys.exc_info(), where="in DataLoader worker process 0")
+            failure.reraise()
+
+        monkeypatch.setattr(zoo.cli, "run", fail_as_a_worker)
+        assert main(["validate"]) == 2
+        assert capsys.readouterr().err == "zoo: error: there is nothing in x.tar\n"
+
+
+class TestSignals:
+    """In the middle of Lightning's loop, which catches both."""
+
+    @pytest.fixture
+    def signalled(self, monkeypatch, tmp_path):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        class Signalled(LightningModule):
+            def predict_step(self, batch):
+                os.kill(os.getpid(), number)
+                return batch
+
+        def predict(*_):
+            quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False)
+            Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet).predict(Signalled(), [torch.ones(1)])
+
+        def send(which):
+            nonlocal number
+            number = which
+            return main(["predict"])
+
+        number = None
+        monkeypatch.setattr(zoo.cli, "run", predict)
+        yield send
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def test_sigterm(self, signalled):
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as exit_:
+            signalled(signal.SIGTERM)
+        assert exit_.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) == before
+
+    def test_interrupt(self, signalled, capsys):
+        assert signalled(signal.SIGINT) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "zoo: interrupted"
+
+    def test_interrupt_elsewhere(self, monkeypatch, capsys):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(zoo.cli, "run", interrupt)
+        assert main(["export"]) == 130
+        assert capsys.readouterr().err == "zoo: interrupted\n"
 
 
 def test_fit_validate_predict(capsys, monkeypatch, tmp_path):

@@ -138,7 +138,8 @@ class TestImageFolder:
         (tmp_path / "val").mkdir()
         with pytest.raises(UserError, match="val has no class folders"):
             ImageFolder(str(tmp_path))
-        (tmp_path / "val" / "cat").mkdir()
+        for name in ("cat", "dog"):
+            (tmp_path / "val" / name).mkdir()
         with pytest.raises(UserError, match=r"no images in .*val; expected files in"):
             ImageFolder(str(tmp_path)).setup("validate")
 
@@ -215,6 +216,18 @@ class TestImageFolder:
     def test_bad_budget(self, root, budget):
         with pytest.raises(UserError, match=f"max_unreadable: expected .*, got {budget}"):
             tiny_folder(root, max_unreadable=budget)
+
+    @pytest.mark.parametrize(
+        ("option", "value"), [("batch_size", -2), ("num_workers", -1), ("image_size", 0), ("auto_augment", "nonsense")]
+    )
+    def test_bad_values(self, root, option, value):
+        with pytest.raises(UserError, match=f"{option}: .*{value}"):
+            ImageFolder(str(root), **{option: value})
+
+    def test_one_class(self, tmp_path):
+        (tmp_path / "val" / "cat").mkdir(parents=True)
+        with pytest.raises(UserError, match=f"{tmp_path}: 1 class; expected 2 or more"):
+            tiny_folder(tmp_path)
 
     def test_classes_of_numbers_are_in_their_order(self, tmp_path):
         """ImageNet-V2: its folders are 0 to 999, in the root itself."""

@@ -153,6 +153,8 @@ class TestWebDataset:
     def test_errors(self, shards, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="classes: expected a number, or a text file"):
             self.data(shards, classes="nowhere.txt")
+        with pytest.raises(UserError, match="classes 0: 0 classes; expected 2 or more"):
+            self.data(shards, classes=0)
         names = tmp_path / "names.txt"
         names.write_text("cat\ndog\n")
         assert self.data(shards, classes=str(names)).classes == ["cat", "dog"]

@@ -199,11 +199,14 @@ class TestPredict:
             (["nowhere"], "there is no folder or image nowhere"),
             (["."], "there are no images in"),
             (["x.jpg", "--output", "x.txt"], "predictions go to a .csv or .json file, not to x.txt"),
+            ([".", "--batch-size", "0"], "batch_size: expected 1 or more, got 0"),
+            ([".", "--num-workers", "-1"], "num_workers: expected 0 or more, got -1"),
+            ([".", "--model", "resnet18.nope"], "timm knows no weights 'resnet18.nope'"),
         ],
     )
     def test_errors(self, tmp_path, monkeypatch, capsys, arguments, message):
         monkeypatch.chdir(tmp_path)
-        assert main(["predict", *arguments, "--model", "test_dinat"]) == 2
+        assert main(["predict", *arguments[:1], "--model", "test_dinat", *arguments[1:]]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -1,5 +1,7 @@
 """`zoo explain`: answers, Grad-CAM and attention are those of the model as it runs."""
 
+import os
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 from zoo.cli import main
 from zoo.errors import UserError
 from zoo.explain import attention_at, choose, grad_cam, grid_of, record_attention
-from zoo.pictures import attention_maps
+from zoo.pictures import attention_maps, save_explanation
 from zoo.task import Classification
 
 
@@ -83,6 +85,27 @@ def test_picture(capsys, tmp_path, photo):
         assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 256
 
 
+def test_a_full_disk_leaves_the_old_picture(capsys, tmp_path, photo, monkeypatch):
+    def fill_the_disk(_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x.png"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", fill_the_disk)
+    assert main(["explain", str(photo), "--model", "test_dinat", "--output", str(path)]) == 2
+    assert capsys.readouterr().err == f"zoo: error: cannot write {path}: No space left on device\n"
+    assert path.read_text() == "old"
+
+
+def test_any_names_are_drawn(tmp_path):
+    """Those of folders: dollars that are no formula, and bytes that are no text."""
+    answers = [("$x^^$", 0.5), ("5$", 0.3), ("caf\udce9", 0.2)]
+    panels = [("1 of 1: $\\frac$", torch.ones(2, 2), (0, 1))]
+    title = "weights of $\\a$ \udce9.ckpt"
+    save_explanation(tmp_path / "x.png", torch.rand(3, 32, 32), answers, torch.rand(2, 2), (0.5, 0.5), panels, title)
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
 def test_checkpoint_knows_model_and_classes(capsys, tmp_path, photo):
     task = Classification("test_dinat", num_classes=3, model_args={"in_chans": 1})
     path = tmp_path / "last.ckpt"
@@ -90,14 +113,14 @@ def test_checkpoint_knows_model_and_classes(capsys, tmp_path, photo):
         "state_dict": task.state_dict(),
         "hyper_parameters": dict(task.hparams),
         "pytorch-lightning_version": "2.6.6",
-        "classes": ["ant", "bee", "cat"],
+        "classes": ["ant", "bee", "caf\udce9"],
     }
     torch.save(checkpoint, path)
     args = ["explain", str(photo), "--checkpoint", str(path), "--output", str(tmp_path / "x.png")]
     assert main(args) == 0
     out = capsys.readouterr().out
     assert "test_dinat, weights of last.ckpt" in out
-    assert {"ant", "bee", "cat"} <= set(out.split())
+    assert {"ant", "bee", r"caf\udce9"} <= set(out.split())
     assert main([*args, "--model", "nat_tiny"]) == 2
     assert "holds a test_dinat, but --model asks for nat_tiny" in capsys.readouterr().err
 

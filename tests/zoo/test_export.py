@@ -131,6 +131,19 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("format", ["torchscript", "torch-export"])
+def test_torch_does_not_write_itself(tmp_path, monkeypatch, format):
+    """Its writer of files ends the process when the disk is full."""
+
+    def fill_the_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.Path, "write_bytes", fill_the_disk)
+    with pytest.raises(UserError, match=r"cannot write .*model: No space left on device"):
+        export.export("test_dinat", make_model(), format, tmp_path / "model", 32)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_mistakes_are_named(tmp_path, monkeypatch, capsys):
     def error(*arguments, output="x.onnx"):
         assert main(["export", *arguments, "--output", str(tmp_path / output)]) == 2

@@ -1,6 +1,7 @@
 """The flow task, ``zoo sample`` and the judging of samples, on tiny models."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -178,6 +179,17 @@ class TestSample:
         expected = sample(load_pipeline(run), [3, 7] * 4, steps=2, guidance=1.0, seed=1)
         third = pixels[28:52:3, 2:26:3] / 255  # second row, first column
         np.testing.assert_allclose(third, expected[2, 0].numpy(), rtol=0, atol=0.5 / 255 + 1e-6)
+
+    def test_a_full_disk_leaves_the_old_picture(self, run, tmp_path, monkeypatch, capsys):
+        def fill_the_disk(_):
+            raise OSError(28, "No space left on device")
+
+        path = tmp_path / "x.png"
+        path.write_text("old")
+        monkeypatch.setattr(os, "fsync", fill_the_disk)
+        assert main(["sample", str(run), "--steps", "1", "--grid", "1", "--output", str(path)]) == 2
+        assert capsys.readouterr().err == f"zoo: error: cannot write {path}: No space left on device\n"
+        assert path.read_text() == "old"
 
     def test_more_rows_keep_the_first(self, run):
         pipeline = load_pipeline(run)

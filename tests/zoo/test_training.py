@@ -270,6 +270,12 @@ class TestGlobalBatchSize:
         assert trainer.accumulate_grad_batches == 2
         assert trainer.global_step == 2  # of five batches, the last fills no global batch
 
+    @pytest.mark.parametrize(("limit", "batches"), [(1, 1), (1.0, 4)])
+    def test_one_batch_is_not_all(self, tmp_path, limit, batches):
+        options = dict(max_epochs=1, enable_checkpointing=False, limit_train_batches=limit)
+        _, trainer = fit(tmp_path, GlobalBatchSize(8), **options)
+        assert trainer.num_training_batches == batches
+
     def test_has_to_divide(self, tmp_path):
         with pytest.raises(
             UserError, match="10 is not a multiple of 4, which is the data's batch_size of 4 on 1 device"

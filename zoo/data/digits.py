@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from zoo.data.loading import IGNORE, NOTHING, whole_batches
 from zoo.data.train_loader import TrainLoader
-from zoo.errors import UserError
+from zoo.errors import UserError, expect_at_least
 
 
 class Digits(LightningDataModule):
@@ -34,6 +34,7 @@ class Digits(LightningDataModule):
 
     def __init__(self, image_size: int = 96, channels: int = 3, batch_size: int = 64, augment: bool = True) -> None:
         super().__init__()
+        expect_at_least(1, image_size=image_size, batch_size=batch_size)
         if channels not in (1, 3):
             raise UserError(f"channels: expected 1 or 3, got {channels}")
         self.batch_size = batch_size

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from zoo.data.loading import ImageData, Images, import_extra
+from zoo.data.loading import ImageData, Images, expect_classes, import_extra
 from zoo.errors import UserError
 
 
@@ -40,7 +40,8 @@ class HuggingFace(ImageData):
         self.image = image
         self.label = label
         self.load_args = load_args or {}
-        self.classes = self._open("val").features[label].names  # now, because the model's head is built from it
+        # Now, because the model's head is built from it.
+        self.classes = expect_classes(self._open("val").features[label].names, path)
 
     def _open(self, split: str) -> Any:
         datasets = import_extra("datasets", "datasets")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from zoo.data.loading import ImageData, Images, printable
+from zoo.data.loading import ImageData, Images, expect_classes, printable
 from zoo.errors import UserError
 
 IMAGE_SUFFIXES = {
@@ -46,7 +46,8 @@ class ImageFolder(ImageData):
         self.folders = {"train": "train", "val": val, "test": val if test is None else test}
         self.folders["predict"] = self.folders["val"]
         self.real_labels = real_labels
-        self.classes = find_classes(self.root, self.folders)  # now, because the model's head is built from it
+        # Now, because the model's head is built from it.
+        self.classes = expect_classes(find_classes(self.root, self.folders), self.root)
 
     def make_images(self, split: str, **kwargs: Any) -> "ImageFiles":
         folder = self.root / self.folders[split]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from zoo.data.train_loader import TrainLoader
-from zoo.errors import UserError
+from zoo.errors import UserError, expect_at_least
 
 KEYS = ("latents", "prompt_embeds", "pooled_prompt_embeds")
 
@@ -29,6 +29,8 @@ class CachedLatents(LightningDataModule):
 
     def __init__(self, root: str, batch_size: int = 2, num_workers: int = 4) -> None:
         super().__init__()
+        expect_at_least(1, batch_size=batch_size)
+        expect_at_least(0, num_workers=num_workers)
         self.root = Path(root)
         self.batch_size = batch_size
         self.num_workers = num_workers

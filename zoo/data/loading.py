@@ -20,7 +20,7 @@ from torchvision.transforms import Compose, Grayscale
 
 from zoo.data.decode import read_image
 from zoo.data.train_loader import TrainLoader
-from zoo.errors import UserError
+from zoo.errors import UserError, expect_at_least
 from zoo.files import write_whole
 
 IGNORE = -100  # label of what stands for no image; PyTorch's losses leave it out as well
@@ -63,6 +63,9 @@ class ImageData(LightningDataModule):
         upright: bool = True,
     ) -> None:
         super().__init__()
+        expect_at_least(1, batch_size=batch_size, image_size=image_size)
+        expect_at_least(0, num_workers=num_workers)
+        check_augmentation(auto_augment)
         if max_unreadable < 0 or (isinstance(max_unreadable, float) and max_unreadable > 1):
             raise UserError(
                 f"max_unreadable: expected a number of images, or a share of 0.0 to 1.0, got {max_unreadable}"
@@ -373,6 +376,22 @@ class ReportSkipped(Callback):
             writer.writerows(
                 (split, name, reason) for split in unreadable for name, reason in unreadable[split].items()
             )
+
+
+def check_augmentation(policy: str | None) -> None:
+    """Raise a :class:`UserError` unless timm knows a policy of this name; else it would end the run later on."""
+    try:
+        create_transform((3, 32, 32), is_training=True, auto_augment=policy)
+    except Exception as error:  # of many kinds, assertions included
+        reason = str(error) or type(error).__name__
+        raise UserError(f"auto_augment: timm knows no policy {policy!r} ({reason})") from None
+
+
+def expect_classes(classes: list[str], where: Any) -> list[str]:
+    """Return ``classes`` if there is something to tell apart, else raise a :class:`UserError`."""
+    if len(classes) < 2:
+        raise UserError(f"{where}: {len(classes)} class{'' if len(classes) == 1 else 'es'}; expected 2 or more")
+    return classes
 
 
 def mend_posterize(transform: Any) -> None:

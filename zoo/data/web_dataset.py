@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from zoo.data.image_folder import IMAGE_SUFFIXES
-from zoo.data.loading import ImageData, Images, Reporting, import_extra
+from zoo.data.loading import ImageData, Images, Reporting, expect_classes, import_extra
 from zoo.errors import UserError
 
 Record = dict[str, Any]  # the files of one image by their suffixes, and where they come from
@@ -50,7 +50,7 @@ class WebDataset(ImageData):
         super().__init__(**kwargs)
         self.shards = {"train": train, "val": val, "test": val, "predict": val}
         self.images = {"train": train_images, "val": val_images, "test": val_images, "predict": val_images}
-        self.classes = read_classes(classes)
+        self.classes = expect_classes(read_classes(classes), f"classes {classes}")
         self.label = label
         self.buffer = buffer
         # Lightning's advice on counting, which is followed.
