@@ -356,6 +356,7 @@ class TestSignals:
     @pytest.fixture
     def signalled(self, monkeypatch, tmp_path):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from jobs in the background
 
         class Signalled(LightningModule):
             def predict_step(self, batch):
