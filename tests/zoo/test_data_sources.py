@@ -78,6 +78,20 @@ class TestHuggingFace:
         with pytest.warns(UserWarning, match="skipping row 5"):
             assert [len(labels) for _, labels in data.train_dataloader()] == [4, 4]
 
+    @pytest.mark.parametrize("hidden", [-1, None])
+    def test_hidden_labels(self, images, hidden, tmp_path):
+        """Splits whose answers are kept back can be predicted, but measure nothing."""
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+        rows = {"image": [{"bytes": x, "path": None} for x in images[0][:3]], "label": [0, hidden, hidden]}
+        data = datasets.Dataset.from_dict(rows, features=features)
+        datasets.DatasetDict({"validation": data}).save_to_disk(str(tmp_path))
+        data = HuggingFace(str(tmp_path), **SMALL)
+        with pytest.raises(UserError, match=r"val: 2 of the 3 rows of .* \(validation\) have no label"):
+            data.setup("validate")
+            data.val_dataloader()
+        data.setup("predict")
+        assert [len(images) for images, _ in data.predict_dataloader()] == [3]
+
     def test_errors(self, saved, monkeypatch, tmp_path):
         with pytest.raises(UserError, match="no split 'test'; it has 'train', 'validation'"):
             HuggingFace(saved, val="test")

@@ -66,14 +66,21 @@ class HuggingFace(ImageData):
         return data.cast_column(self.image, datasets.Image(decode=False))
 
     def make_images(self, split: str, **kwargs: Any) -> "Rows":
-        return Rows(self._open(split), self.image, self.label, f"{self.path} ({self.splits[split]})", **kwargs)
+        rows = Rows(self._open(split), self.image, self.label, f"{self.path} ({self.splits[split]})", **kwargs)
+        unlabelled = sum(label < 0 for label in rows.labels)  # as hidden answers are published
+        if unlabelled and split != "predict":
+            raise UserError(
+                f"{split}: {unlabelled} of the {len(rows.labels)} rows of {rows.where} have no label (null or -1); "
+                "take another split"
+            )
+        return rows
 
 
 class Rows(Images):
     """The rows of a data set, whose images are files or the bytes of such."""
 
     def __init__(self, data: Any, image: str, label: str, where: str, **kwargs: Any) -> None:
-        super().__init__(data[label][:], where, **kwargs)
+        super().__init__([-1 if x is None else x for x in data[label][:]], where, **kwargs)
         self.images = data.select_columns([image])
         self.column = image
 
