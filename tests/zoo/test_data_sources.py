@@ -88,7 +88,6 @@ class TestHuggingFace:
         data = HuggingFace(str(tmp_path), **SMALL)
         with pytest.raises(UserError, match=r"val: 2 of the 3 rows of .* \(validation\) have no label"):
             data.setup("validate")
-            data.val_dataloader()
         data.setup("predict")
         assert [len(images) for images, _ in data.predict_dataloader()] == [3]
 
