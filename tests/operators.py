@@ -3,8 +3,35 @@
 Inputs are lists in the order of the operator's arguments, with None for a tensor that is left out.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from zoo.kernels import (
+    agent_attention,
+    circular_attention_2d,
+    halo_attention_2d,
+    neighborhood_attention_2d,
+    routing_attention_2d,
+    window_attention_2d,
+)
+
+MAP = 1, 4, 6, 2, 4  # a query, key or value that all of the calls below take
+
+
+def _agents(query, key, value, **options):
+    tokens = (x.flatten(1, 2) for x in (query, key, value))
+    return agent_attention(*tokens, query[:, 0, :3], **options)
+
+
+OURS = {  # operators with gradients of their own
+    "neighborhood": partial(neighborhood_attention_2d, kernel_size=3),
+    "circular": partial(circular_attention_2d, radius=2),
+    "halo": partial(halo_attention_2d, block_size=2, halo_size=1),
+    "routing": partial(routing_attention_2d, region_size=2, topk=2),
+}
+CALLS = OURS | {"window": partial(window_attention_2d, window_size=2), "agent": _agents}
 
 
 def random_inputs(*shapes, dtype=torch.float64, device="cpu", grad=True, seed=0) -> list[Tensor | None]:

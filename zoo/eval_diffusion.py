@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 from zoo.bench import check_device
 from zoo.classifier import Classifier, load_classifier, read_image
 from zoo.data.image_folder import IMAGE_SUFFIXES
-from zoo.errors import UserError
+from zoo.errors import UserError, expect_at_least
 
 NEIGHBORS = 3  # as the paper on precision and recall has it
 
@@ -56,9 +56,7 @@ def run_eval_diffusion(
     device: str | None,
 ) -> None:
     """Measure and print."""
-    for name, value in (("--samples", samples), ("--steps", steps), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name}: expected 1 or more, got {value}")
+    expect_at_least(1, **{"--samples": samples, "--steps": steps, "--batch-size": batch_size})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     extractor = load_classifier(model, checkpoint, pretrained)

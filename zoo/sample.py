@@ -10,7 +10,7 @@ from torchvision.utils import save_image
 
 from zoo.checkpoints import check_fits, read_checkpoint, read_lightning_checkpoint
 from zoo.diffusion import FlowPipeline, NeighborhoodDenoiser
-from zoo.errors import UserError
+from zoo.errors import UserError, expect_at_least
 from zoo.files import check_output, write_whole
 from zoo.flow import RectifiedFlow
 
@@ -26,9 +26,7 @@ def run_sample(
     output: str,
 ) -> None:
     """Write a grid of samples, a column per class and ``grid`` rows, and say where it is."""
-    for name, value in (("--grid", grid), ("--steps", steps), ("--scale", scale)):
-        if value < 1:
-            raise UserError(f"{name}: expected 1 or more, got {value}")
+    expect_at_least(1, **{"--grid": grid, "--steps": steps, "--scale": scale})
     if Path(output).suffix.lower() != ".png":
         raise UserError(f"--output: expected a file name that ends in .png, got {output}")
     check_output(output)

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from zoo.checkpoints import is_sharded, read_lightning_checkpoint
 from zoo.data import TrainLoader
-from zoo.errors import UserError
+from zoo.errors import UserError, expect_at_least
 
 SIGTERM_STATUS = 128 + 15  # as a shell reports a process that the signal ended
 MAX_NAMES = 16
@@ -292,8 +292,7 @@ class SkipNonFinite(Callback):
     """
 
     def __init__(self, max_skipped: int = 10) -> None:
-        if max_skipped < 1:
-            raise UserError(f"max_skipped: expected 1 or more, got {max_skipped}")
+        expect_at_least(1, max_skipped=max_skipped)
         self.max_skipped = max_skipped
         self.skipped = 0
         self.losses: list[tuple[int, Tensor]] = []  # of the batches of this step

@@ -5,34 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from operators import random_inputs
-from zoo.kernels import (
-    agent_attention,
-    circular_attention_2d,
-    explain_backend,
-    halo_attention_2d,
-    neighborhood_attention_2d,
-    pool_agents,
-    routing_attention_2d,
-    window_attention_2d,
-)
+from operators import CALLS, MAP, OURS, random_inputs
+from zoo.kernels import explain_backend, halo_attention_2d, neighborhood_attention_2d, pool_agents
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MAP = 1, 4, 6, 2, 4
-
-
-def agents(query, key, value, **options):
-    tokens = (x.flatten(1, 2) for x in (query, key, value))
-    return agent_attention(*tokens, query[:, 0, :3], **options)
-
-
-OURS = {  # operators with gradients of their own
-    "neighborhood": partial(neighborhood_attention_2d, kernel_size=3),
-    "circular": partial(circular_attention_2d, radius=2),
-    "halo": partial(halo_attention_2d, block_size=2, halo_size=1),
-    "routing": partial(routing_attention_2d, region_size=2, topk=2),
-}
-CALLS = OURS | {"window": partial(window_attention_2d, window_size=2), "agent": agents}
 
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])

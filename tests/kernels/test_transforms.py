@@ -7,36 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from operators import random_inputs
-from zoo.kernels import (
-    agent_attention,
-    circular_attention_2d,
-    halo_attention_2d,
-    neighborhood_attention_2d,
-    neighborhood_attention_2d_qkvpacked,
-    routing_attention_2d,
-    window_attention_2d,
-)
+from operators import CALLS, MAP, OURS, random_inputs
+from zoo.kernels import neighborhood_attention_2d_qkvpacked
 from zoo.kernels.layer_norm import triton as layer_norm
 from zoo.kernels.neighborhood.dense import dense_bias
 from zoo.kernels.window import triton as window_bias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MAP = 1, 4, 6, 2, 4
-
-
-def agents(query, key, value, backend="auto"):
-    tokens = (x.flatten(1, 2) for x in (query, key, value))
-    return agent_attention(*tokens, query[:, 0, :3], backend=backend)
-
-
-OURS = {  # operators with gradients of their own
-    "neighborhood": partial(neighborhood_attention_2d, kernel_size=3),
-    "circular": partial(circular_attention_2d, radius=2),
-    "halo": partial(halo_attention_2d, block_size=2, halo_size=1),
-    "routing": partial(routing_attention_2d, region_size=2, topk=2),
-}
-CALLS = OURS | {"window": partial(window_attention_2d, window_size=2), "agent": agents}
 
 
 def packed(query, key, value, **options):
