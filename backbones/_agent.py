@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 from zoo.backbones._backbone import check_heads
 from zoo.backbones._checkpoint import AdaptedLoading
 from zoo.kernels import agent_attention, pool_agents
-from zoo.kernels._symbols import is_symbol
 from zoo.kernels.agent import sdpa
+from zoo.kernels.agent.bias import map_bias, resize_axis, resize_map
 
 __all__ = [
     "TABLES",
     "AddPosition",
     "AgentAttention",
-    "DepthwiseConv",
     "adapt_pos_embed",
     "agent_cfg",
     "check_stages",
@@ -37,17 +35,6 @@ _TABLE_SIDE = 7  # of the tables that are stretched over the map, whatever its s
 
 # Ends of the names of an attention's tables, which do not decay.
 TABLES = (".an_bias", ".na_bias", ".ah_bias", ".aw_bias", ".ha_bias", ".wa_bias")
-
-
-class DepthwiseConv(nn.Conv2d):
-    """3x3 convolution of every channel of [batch, height, width, dim], with zero padding."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, height, width, dim] -> [batch, height, width, dim]"""
-        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
 
 
 class AgentAttention(AdaptedLoading, nn.Module):
@@ -104,15 +91,15 @@ class AgentAttention(AdaptedLoading, nn.Module):
         for table in self.parameters(recurse=False):
             trunc_normal_(table, std=0.02)
 
-    def agent_bias(self, height: int, width: int) -> Tensor:
-        """[heads, agents, keys] for a map of keys of this size."""
-        rows, cols = _resize_axis(self.ah_bias, 3, height).squeeze(0), _resize_axis(self.aw_bias, 4, width).squeeze(0)
-        return (_resize_map(self.an_bias, height, width) + rows + cols).flatten(2)
+    def agent_bias(self, height: int, width: int, first: Tensor | None = None) -> Tensor:
+        """[heads, agents, keys] for a map of keys of this size, after a key of bias `first` [heads, agents]."""
+        rows, cols = self.ah_bias[0, :, :, :, 0], self.aw_bias[0, :, :, 0]
+        return map_bias(self.an_bias, rows, cols, first, height, width)
 
-    def query_bias(self, height: int, width: int) -> Tensor:
-        """[heads, queries, agents] for a map of queries of this size."""
-        rows, cols = _resize_axis(self.ha_bias, 2, height).squeeze(0), _resize_axis(self.wa_bias, 3, width).squeeze(0)
-        return (_resize_map(self.na_bias, height, width).permute(0, 2, 3, 1) + rows + cols).flatten(1, 2)
+    def query_bias(self, height: int, width: int, first: Tensor | None = None) -> Tensor:
+        """[heads, queries, agents] for a map of queries of this size, after a query of bias `first` [heads, agents]."""
+        rows, cols = self.ha_bias[0, :, :, 0].transpose(1, 2), self.wa_bias[0, :, 0].transpose(1, 2)
+        return map_bias(self.na_bias, rows, cols, first, height, width, agents_last=True)
 
     def pool(self, query: Tensor) -> Tensor:
         """[batch, height, width, dim] -> agents [batch, agents, heads, head_dim]"""
@@ -150,27 +137,7 @@ class AgentAttention(AdaptedLoading, nn.Module):
             table, size = state_dict.get(prefix + name), getattr(self, name).shape[axis]
             if isinstance(table, Tensor) and table.ndim == 5 and table.shape[axis] not in (0, size):
                 _logger.info("%s%s: resizing from %d to %d", prefix, name, table.shape[axis], size)
-                state_dict[prefix + name] = _resize_axis(table.float(), axis, size).to(table.dtype)
-
-
-def _resize_axis(table: Tensor, axis: int, size: int) -> Tensor:
-    """Stretch one axis of `table` linearly."""
-    if not is_symbol(size) and table.shape[axis] == size:
-        return table
-    lines = table.movedim(axis, -1)
-    # As a map of one column: of a list, torch's gradient on a GPU is not deterministic.
-    resized = _resize_map(lines.flatten(0, -2).unsqueeze(0).unsqueeze(3), size, 1)
-    return resized[0, :, :, 0].unflatten(0, lines.shape[:-1]).movedim(-1, axis)
-
-
-def _resize_map(x: Tensor, height: int, width: int, mode: str = "bilinear") -> Tensor:
-    """Stretch the last two axes."""
-    # To its own size, which a symbol may be, the map is stretched to itself.
-    if not is_symbol(height) and not is_symbol(width) and x.shape[-2] == height and x.shape[-1] == width:
-        return x
-    if x.is_cuda and mode == "bilinear":  # channels first, one thread would make a place of all maps, one by one
-        x = x.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(x, size=(height, width), mode=mode, align_corners=False)
+                state_dict[prefix + name] = resize_axis(table.float(), axis, size).to(table.dtype)
 
 
 @register_notrace_module  # whether it resizes depends on the map, which fx cannot follow
@@ -192,7 +159,7 @@ class AddPosition(nn.Module):
         if pos_embed is None:  # of a stage that was pruned
             return x
         table = pos_embed.unflatten(1, (self.size[0], self.size[1])).permute(0, 3, 1, 2)
-        return x + _resize_map(table, x.shape[1], x.shape[2], self.mode).permute(0, 2, 3, 1)
+        return x + resize_map(table, x.shape[1], x.shape[2], self.mode).permute(0, 2, 3, 1)
 
 
 def adapt_pos_embed(
@@ -214,7 +181,7 @@ def adapt_pos_embed(
         return
     _logger.info("%s: resizing from %s to %s", key, source, size)
     table = table.unflatten(1, source).permute(0, 3, 1, 2).float()
-    table = _resize_map(table, size[0], size[1], "bicubic").flatten(2).transpose(1, 2)
+    table = resize_map(table, size[0], size[1], "bicubic").flatten(2).transpose(1, 2)
     state_dict[key] = torch.cat([prefix, table.to(prefix.dtype)], 1)
 
 

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from zoo.backbones._checkpoint import CheckedLoading
 from zoo.kernels._symbols import is_symbol
+from zoo.kernels.depthwise_conv import add_depthwise_conv
 from zoo.kernels.layer_norm import layer_norm
 
 __all__ = [
     "Backbone",
     "Blocks",
     "CheckpointedBlock",
+    "DepthwiseConv",
     "LayerNorm",
     "PaddedPatchEmbed",
     "Stage",
@@ -112,6 +114,31 @@ def get_norm_layer(norm_layer: LayerType) -> Callable[..., nn.Module]:
     if isinstance(layer, partial) and layer.func is nn.LayerNorm:
         return partial(LayerNorm, *layer.args, **layer.keywords)
     return LayerNorm if layer is nn.LayerNorm else layer
+
+
+@register_notrace_module  # what runs depends on the device
+class DepthwiseConv(nn.Conv2d):
+    """Convolution of every channel of a map with zero padding, added to other tokens."""
+
+    def __init__(self, dim: int, kernel_size: int = 3, device=None, dtype=None):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, base: Tensor, x: Tensor) -> Tensor:
+        """
+        Args:
+            base: [batch, height, width, dim], or [batch, tokens, dim] of which those of the map are the last ones.
+            x: [batch, height, width, dim].
+
+        Returns:
+            The shape of `base`.
+        """
+        tokens = base.flatten(1, 2) if base.dim() == 4 else base
+        if torch.jit.is_scripting():
+            local = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1).flatten(1, 2)
+            out = tokens + F.pad(local, (0, 0, tokens.shape[1] - local.shape[1], 0))
+        else:
+            out = add_depthwise_conv(tokens, x, self.weight, self.bias)
+        return out.unflatten(1, (x.shape[1], x.shape[2])) if base.dim() == 4 else out
 
 
 class CheckpointedBlock(nn.Module):

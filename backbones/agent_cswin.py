@@ -17,10 +17,11 @@ from timm.layers import DropPath, LayerType, Mlp, calculate_drop_path_rates, get
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
+from zoo.backbones._agent import TABLES, AgentAttention, agent_cfg, check_stages, map_sizes
 from zoo.backbones._backbone import (
     Backbone,
     CheckpointedBlock,
+    DepthwiseConv,
     any_padding,
     before_product,
     check_heads,
@@ -59,7 +60,7 @@ class AgentBranch(AgentAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Three times [batch, height, width, dim] -> [batch, height, width, dim]"""
-        return self.attend_map(query, key, value) + self.get_v(value)
+        return self.get_v(self.attend_map(query, key, value), value)
 
 
 @register_notrace_module  # pads by the size of the map
@@ -105,7 +106,7 @@ class StripeBranch(nn.Module):
             stripes.append(cut(x, (down, rows), (across, cols)).flatten(0, 2))  # [batch * stripes, rows, cols, dim]
         query, key, value = [x.flatten(1, 2).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in stripes]
         x = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        x = x.unflatten(1, (rows, cols)) + self.get_v(stripes[2])
+        x = self.get_v(x.unflatten(1, (rows, cols)), stripes[2])
 
         return crop(join(x.unflatten(0, (batch, down, across))), height, width)
 

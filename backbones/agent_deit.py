@@ -11,7 +11,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import (
-    LayerNorm,
     LayerType,
     calculate_drop_path_rates,
     get_act_layer,
@@ -25,12 +24,12 @@ from zoo.backbones._agent import (
     TABLES,
     AddPosition,
     AgentAttention,
-    DepthwiseConv,
     adapt_pos_embed,
     agent_cfg,
 )
 from zoo.backbones._backbone import (
     Backbone,
+    DepthwiseConv,
     PaddedPatchEmbed,
     TransformerBlock,
     check_heads,
@@ -40,6 +39,9 @@ from zoo.backbones._backbone import (
 from zoo.backbones._checkpoint import AdaptedLoading, build_model, checkpoint_filter_fn  # noqa: F401
 
 __all__ = ["AgentDeit", "AgentTokenAttention", "TokenAttention"]
+
+
+_Norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 @register_notrace_module  # resizes its tables to the map, which fx cannot follow
@@ -88,11 +90,10 @@ class AgentTokenAttention(AgentAttention):
         """
         query, key, value = self.qkv(x).chunk(3, -1)
         agent = self.pool(query[:, 1:].unflatten(1, (height, width)))
-        agent_bias = torch.cat([self.ac_bias.squeeze(0), self.agent_bias(height, width)], 2)
-        query_bias = torch.cat([self.ca_bias.squeeze(0), self.query_bias(height, width)], 1)
+        agent_bias = self.agent_bias(height, width, self.ac_bias[0, :, :, 0])
+        query_bias = self.query_bias(height, width, self.ca_bias[0, :, 0])
         out = self.attend(query, key, value, agent, agent_bias, query_bias)
-        local = self.dwc(value[:, 1:].unflatten(1, (height, width))).flatten(1, 2)
-        return self.proj_drop(self.proj(out + F.pad(local, (0, 0, 1, 0))))
+        return self.proj_drop(self.proj(self.dwc(out, value[:, 1:].unflatten(1, (height, width)))))
 
 
 class TokenAttention(nn.Module):
@@ -155,7 +156,7 @@ class AgentDeit(AdaptedLoading, Backbone):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: LayerType = LayerNorm,  # timm's, with an eps of 1e-6
+        norm_layer: LayerType = _Norm,
         act_layer: LayerType = nn.GELU,
         device=None,
         dtype=None,

@@ -26,7 +26,6 @@ from zoo.backbones._agent import (
     TABLES,
     AddPosition,
     AgentAttention,
-    DepthwiseConv,
     adapt_pos_embed,
     agent_cfg,
     check_stages,
@@ -34,6 +33,7 @@ from zoo.backbones._agent import (
 )
 from zoo.backbones._backbone import (
     Backbone,
+    DepthwiseConv,
     PaddedPatchEmbed,
     TransformerBlock,
     any_padding,
@@ -99,7 +99,7 @@ class AgentReducedAttention(AgentAttention):
         if self.sr is not None:
             value = F.interpolate(value.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False)
             value = value.permute(0, 2, 3, 1)
-        return self.proj_drop(self.proj(x + self.dwc(value)))
+        return self.proj_drop(self.proj(self.dwc(x, value)))
 
 
 class AgentPvt(AdaptedLoading, Backbone):

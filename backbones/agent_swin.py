@@ -21,9 +21,10 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from zoo.backbones._agent import TABLES, AgentAttention, DepthwiseConv, agent_cfg, check_stages, map_sizes
+from zoo.backbones._agent import TABLES, AgentAttention, agent_cfg, check_stages, map_sizes
 from zoo.backbones._backbone import (
     Backbone,
+    DepthwiseConv,
     PaddedPatchEmbed,
     Stage,
     Stages,
@@ -74,7 +75,7 @@ class AgentMapAttention(AgentAttention):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, height, width, dim] -> [batch, height, width, dim]"""
         query, key, value = self.qkv(x).chunk(3, -1)
-        return self.proj_drop(self.proj(self.attend_map(query, key, value) + self.dwc(value)))
+        return self.proj_drop(self.proj(self.dwc(self.attend_map(query, key, value), value)))
 
 
 @register_notrace_module  # pads by the size of the map

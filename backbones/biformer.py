@@ -17,7 +17,15 @@ from timm.layers import DropPath, LayerNorm2d, LayerType, calculate_drop_path_ra
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
-from zoo.backbones._backbone import Backbone, CheckpointedBlock, LayerNorm, any_padding, before_product, check_heads
+from zoo.backbones._backbone import (
+    Backbone,
+    CheckpointedBlock,
+    DepthwiseConv,
+    LayerNorm,
+    any_padding,
+    before_product,
+    check_heads,
+)
 from zoo.backbones._checkpoint import build_model, checkpoint_filter_fn  # noqa: F401
 from zoo.kernels import routing_attention_2d
 from zoo.kernels._symbols import ceil_div, crop
@@ -25,9 +33,7 @@ from zoo.kernels._symbols import ceil_div, crop
 __all__ = ["BiFormer", "BiFormerBlock", "BiFormerStl", "RoutingAttention", "RoutingAttention2d"]
 
 
-def _local(dim: int, device=None, dtype=None) -> nn.Conv2d:
-    """The depthwise convolution beside every attention (LePE)."""
-    return nn.Conv2d(dim, dim, kernel_size=5, padding=2, groups=dim, device=device, dtype=dtype)
+_Local = partial(DepthwiseConv, kernel_size=5)  # beside every attention (LePE)
 
 
 def _route(qkv: Tensor, region_size: tuple[int, int], topk: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,7 @@ class RoutingAttention(nn.Module):
         self.scale = dim**-0.5  # of the whole width
 
         self.qkv = nn.Sequential(OrderedDict(qkv=nn.Linear(dim, 3 * dim, **dd)))
-        self.lepe = _local(dim, **dd)
+        self.lepe = _Local(dim, **dd)
         self.wo = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ class RoutingAttention(nn.Module):
 
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         x, value = _route(qkv, region_size, self.topk, self.scale)
-        x = x + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.lepe(x, value)
 
         if any_padding(pad_h, pad_w):
             x = crop(x, height, width)
@@ -107,7 +113,7 @@ class RoutingAttention2d(nn.Module):
         self.scale = dim**-0.5
 
         self.qkv_linear = nn.Conv2d(dim, 3 * dim, kernel_size=1, **dd)
-        self.lepe = _local(dim, **dd)
+        self.lepe = _Local(dim, **dd)
         self.output_linear = nn.Conv2d(dim, dim, kernel_size=1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,8 +123,8 @@ class RoutingAttention2d(nn.Module):
         regions = ((height + rows - 1) // rows) * ((width + cols - 1) // cols)
 
         qkv = self.qkv_linear(x).permute(0, 2, 3, 1).unflatten(-1, (3, self.num_heads, -1))
-        x, value = [y.permute(0, 3, 1, 2) for y in _route(qkv, (rows, cols), min(self.topk, regions), self.scale)]
-        return self.output_linear(x + self.lepe(value))
+        x, value = _route(qkv, (rows, cols), min(self.topk, regions), self.scale)
+        return self.output_linear(self.lepe(x, value).permute(0, 3, 1, 2))
 
 
 class FullAttention(nn.Module):
@@ -139,14 +145,14 @@ class FullAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
-        self.lepe = _local(dim, **dd)
+        self.lepe = _Local(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, height, width, dim] -> [batch, height, width, dim]"""
         qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
-        return self.proj(out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.proj(self.lepe(out, x))
 
 
 class FullAttention2d(nn.Module):
@@ -160,14 +166,15 @@ class FullAttention2d(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Conv2d(dim, 3 * dim, kernel_size=1, bias=False, **dd)
         self.proj = nn.Conv2d(dim, dim, kernel_size=1, **dd)
-        self.lepe = _local(dim, **dd)
+        self.lepe = _Local(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, dim, height, width] -> [batch, dim, height, width]"""
         query, key, value = self.qkv(x).chunk(3, 1)
         tokens = [y.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3) for y in (query, key, value)]
         out = F.scaled_dot_product_attention(tokens[0], tokens[1], tokens[2]).transpose(2, 3).reshape(x.shape)
-        return self.proj(out + self.lepe(value))
+        out, value = [y.permute(0, 2, 3, 1) for y in (out, value)]
+        return self.proj(self.lepe(out, value).permute(0, 3, 1, 2))
 
 
 class BiFormerBlock(CheckpointedBlock):
@@ -210,7 +217,7 @@ class BiFormerBlock(CheckpointedBlock):
             routing, full = RoutingAttention, FullAttention
         hidden = int(mlp_ratio * dim)
 
-        self.pos_embed = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, **dd) if conv_position else None
+        self.pos_embed = DepthwiseConv(dim, **dd) if conv_position else None
         self.norm1 = before_product(norm_layer(dim, **dd))
         if topk is None:
             self.attn = full(dim, num_heads, **dd)
@@ -226,7 +233,8 @@ class BiFormerBlock(CheckpointedBlock):
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            x = x + self.pos_embed(x)
+            y = x.permute(0, 2, 3, 1)
+            x = self.pos_embed(y, y).permute(0, 3, 1, 2)
         if not self.channels_first:
             x = x.permute(0, 2, 3, 1)
         x = x + self.drop_path1(self.attn(self.norm1(x)))

@@ -7,6 +7,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from zoo.kernels.agent import reference as agent
+from zoo.kernels.agent.ops import pool_by_products
+from zoo.kernels.depthwise_conv.api import in_torch
 from zoo.kernels.halo import reference as halo
 from zoo.kernels.neighborhood import symbolic as neighborhood
 from zoo.kernels.neighborhood.ops import unpacked
@@ -23,6 +26,9 @@ def written_out() -> Iterator[None]:
         "neighborhood_attention_2d": _neighborhood_attention_2d,
         "halo_attention_2d": _halo_attention_2d,
         "routing_attention_2d": _routing_attention_2d,
+        "agent_attention": _agent_attention,
+        "pool_agents": pool_by_products,
+        "depthwise_conv_2d": _depthwise_conv_2d,
     }
     with patch.multiple(torch.ops.zoo, **functions):
         yield
@@ -47,3 +53,11 @@ def _routing_attention_2d(
     query, key, value, region_size, topk, scale, soft=False, backend="auto"
 ) -> tuple[Tensor, None, None]:
     return routing.routing_attention_2d(query, key, value, region_size, topk, scale, soft), None, None
+
+
+def _agent_attention(*arguments) -> tuple[Tensor, None, None]:
+    return agent.agent_attention(*arguments), None, None
+
+
+def _depthwise_conv_2d(x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor, dtype: torch.dtype) -> Tensor:
+    return in_torch(base, x, weight, bias).to(dtype)

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from zoo.kernels._autograd import is_eager, needs_grad
 from zoo.kernels._checks import check_bias, check_map, check_tensors, resolve_backend, resolve_scale
+from zoo.kernels._launch import HAS_TRITON, device_of
 from zoo.kernels._symbols import is_symbol
-from zoo.kernels.agent import reference, sdpa
+from zoo.kernels.agent import ops, reference, sdpa
 
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "triton")
 
 
 def agent_attention(
@@ -46,7 +48,8 @@ def agent_attention(
         query_bias: [heads, queries, agents], any floating dtype.
         scale: Factor of the agents' logits, `head_dim ** -0.5` by default.
         query_scale: Factor of the queries' logits, `scale` by default.
-        backend: "auto" takes the fastest; "sdpa", two fused attentions of torch, or "reference" take that one.
+        backend: "auto" takes the fastest; "triton", "sdpa", two fused attentions of torch, or "reference" take that
+            one or raise.
 
     Returns:
         [batch, queries, heads, value_dim], dtype of `query`.
@@ -65,9 +68,20 @@ def agent_attention(
     scale = resolve_scale(scale, query)
     query_scale = scale if query_scale is None else resolve_scale(query_scale, query, "query_scale")
     backend = resolve_backend(backend, BACKENDS)
+    if backend == "triton" and (obstacle := ops.why_not_triton(query, value, agent)) is not None:
+        raise ValueError(f"backend='triton' {obstacle}")
+    if query.numel() > 0 and (backend == "triton" or (backend == "auto" and _takes_triton(query, value, agent))):
+        return ops.agent_attention(*tensors, agent_bias, query_bias, scale, query_scale)[0]
     # Of an empty result scaled_dot_product_attention drops its mask from the graph, and the bias its gradient.
     module = reference if backend == "reference" or query.numel() == 0 else sdpa
     return module.agent_attention(*tensors, agent_bias, query_bias, scale, query_scale)
+
+
+def _takes_triton(query: Tensor, value: Tensor, agent: Tensor) -> bool:
+    """Whether the fused kernels are faster: in half precision."""
+    if not query.is_cuda or is_symbol(agent.shape[1]) or torch.jit.is_tracing():
+        return False
+    return query.element_size() == 2 and ops.why_not_triton(query, value, agent) is None
 
 
 def pool_agents(query: Tensor, side: int) -> Tensor:
@@ -91,10 +105,12 @@ def pool_agents(query: Tensor, side: int) -> Tensor:
         if has_torch_function((query,)):
             return handle_torch_function(pool_agents, (query,), query, side)
         _check_pooling(query, side)
+        if _pools_by_triton(query):
+            return _pool_by_triton(query, side)
         # On a GPU adaptive pooling has no deterministic gradient, and gives an image of any size to one block of
         # threads. Few file formats have it, and compilers leave it as it is.
         if torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling() or _is_large(query):
-            return _pool_by_products(query, side)
+            return ops.pool_by_products(query.flatten(3), side).unflatten(2, (query.shape[3], query.shape[4]))
     heads, dim = query.shape[3], query.shape[4]
     pooled = F.adaptive_avg_pool2d(query.flatten(3).permute(0, 3, 1, 2), side)
     return pooled.flatten(2).transpose(1, 2).unflatten(2, (heads, dim))
@@ -133,27 +149,25 @@ def _check_pooling(query, side) -> None:
         raise ValueError(f"side must be at least 1, got {side}")
 
 
+def _pools_by_triton(query: Tensor) -> bool:
+    """Eager, where nothing needs a gradient: on an H200 torch's pooling takes up to five times as long."""
+    if not (query.is_cuda and HAS_TRITON and query.element_size() <= 4) or torch.jit.is_tracing():
+        return False
+    return torch.compiler.is_compiling() or (is_eager(query) and not needs_grad(query))
+
+
+def _pool_by_triton(query: Tensor, side: int) -> Tensor:
+    x = query.flatten(3)
+    if torch.compiler.is_compiling():
+        agents = torch.ops.zoo.pool_agents(x, side)
+    else:
+        from zoo.kernels.agent import triton
+
+        with device_of(x):
+            agents = triton.pool(x, side)
+    return agents.unflatten(2, (query.shape[3], query.shape[4]))
+
+
 def _is_large(query: Tensor) -> bool:
     height, width = query.shape[1], query.shape[2]
     return query.is_cuda and not is_symbol(height) and not is_symbol(width) and height * width >= 2048
-
-
-def _pool_by_products(query: Tensor, side: int) -> Tensor:
-    """`pool_agents` as two products, along rows and along columns."""
-    _, height, width, heads, dim = query.shape
-
-    def means(bins: Tensor, x: Tensor) -> Tensor:
-        """[side, tokens] and [..., tokens, channels] -> [..., side, channels], divided at once: no sum overflows."""
-        count = bins.sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        return (torch.matmul(bins, x) / count).to(x.dtype)
-
-    x = means(_bins(width, side, query), query.flatten(3))  # [batch, height, side, heads * dim]
-    x = means(_bins(height, side, query), x.flatten(2))
-    return x.unflatten(2, (side, heads, dim)).flatten(1, 2)
-
-
-def _bins(length: int, side: int, like: Tensor) -> Tensor:
-    """[side, length]: 1 for every token of an axis in a bin, else 0."""
-    index, token = torch.arange(side, device=like.device), torch.arange(length, device=like.device)
-    first, end = index * length // side, ((index + 1) * length + side - 1) // side
-    return ((token >= first[:, None]) & (token < end[:, None])).to(like.dtype)

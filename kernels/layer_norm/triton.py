@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from zoo.kernels._autograd import differentiable_gradient
 from zoo.kernels._launch import launch
+from zoo.kernels._symbols import ceil_div
 
 TILE = 2048  # numbers that a program holds at a time
 PROGRAMS = 1024  # among which the sums over tokens are split
@@ -70,7 +71,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dt
     """Of contiguous `x`, in `dtype`."""
     out = torch.empty_like(x, dtype=dtype)
     rows, options = _tiles(x)
-    launch(forward_kernel, triton.cdiv(rows, options["R"]), (x, weight, bias, out, rows, eps), options)
+    launch(forward_kernel, ceil_div(rows, options["R"]), (x, weight, bias, out, rows, eps), options)
     return out
 
 
@@ -91,8 +92,8 @@ class LayerNorm(torch.autograd.Function):
             return *grads, None, None
         d_x = torch.empty_like(x)
         rows, options = _tiles(x)
-        turns = triton.cdiv(rows, PROGRAMS * options["R"])
-        programs = triton.cdiv(rows, turns * options["R"])
+        turns = ceil_div(rows, PROGRAMS * options["R"])
+        programs = ceil_div(rows, turns * options["R"])
         shares = x.new_empty(programs, 2, x.shape[-1], dtype=torch.float32)
         launch(backward_kernel, programs, (d_out.contiguous(), x, weight, d_x, shares, rows, ctx.eps, turns), options)
         d_weight, d_bias = shares.sum(0).to(weight.dtype)

@@ -13,13 +13,14 @@ from timm.models import get_arch_pretrained_cfgs
 
 from families import NAMES, images, small
 from golden_cases import list_cases, load_case, max_error
-from zoo.backbones._agent import AddPosition, AgentAttention, _resize_axis
+from zoo.backbones._agent import AddPosition, AgentAttention
 from zoo.backbones.agent_cswin import AgentBranch
 from zoo.backbones.agent_deit import AgentTokenAttention
 from zoo.backbones.agent_pvt import AgentReducedAttention
 from zoo.backbones.agent_swin import AgentMapAttention
 from zoo.checkpoints import read_checkpoint
 from zoo.errors import UserError
+from zoo.kernels.agent.bias import resize_axis
 from zoo.models import published_top1
 
 VARIANTS = {  # image, parameters, drop path, resized to a larger square than the crop, link, top-1
@@ -317,7 +318,7 @@ def test_resizing_weights_and_resizing_as_they_are_used_agree(name, size):
 @pytest.mark.parametrize(("axis", "shape"), [(2, (1, 2, 5, 1, 3)), (3, (1, 2, 3, 5, 1)), (4, (1, 2, 3, 1, 5))])
 def test_tables_per_row_and_column_are_resized_linearly(axis, shape):
     table = torch.randn(shape)
-    resized = _resize_axis(table, axis, 8)
+    resized = resize_axis(table, axis, 8)
     lines, expected = resized.movedim(axis, -1).reshape(-1, 8), table.movedim(axis, -1).reshape(-1, 5)
     for actual, line in zip(lines, expected, strict=True):
         torch.testing.assert_close(actual, stretched(line, 8))

@@ -34,7 +34,7 @@ def test_reduction_pads_to_whole_patches():
     assert keys.shape == (1, 2, 2, 8)
     key, value = attn.kv(keys).chunk(2, -1)
     local = torch.nn.functional.interpolate(value.permute(0, 3, 1, 2), size=(6, 5), mode="bilinear")
-    expected = attn.attend_map(attn.q(x), key, value) + attn.dwc(local.permute(0, 2, 3, 1))
+    expected = attn.dwc(attn.attend_map(attn.q(x), key, value), local.permute(0, 2, 3, 1))
     torch.testing.assert_close(attn(x), attn.proj(expected))
 
 

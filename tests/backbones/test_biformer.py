@@ -125,7 +125,8 @@ def attention_by_definition(attn, x):
             q, k, v = (y.unflatten(1, (attn.num_heads, -1)).transpose(0, 1) for y in (q, k, v))
             tokens = (q @ k.mT * x.shape[-1] ** -0.5).softmax(-1) @ v
             result[b][region] = tokens.transpose(0, 1).reshape(result[b][region].shape)
-    result = result.permute(0, 3, 1, 2) + attn.lepe(value.permute(0, 3, 1, 2))
+    lepe = F.conv2d(value.permute(0, 3, 1, 2), attn.lepe.weight, attn.lepe.bias, padding=2, groups=x.shape[-1])
+    result = result.permute(0, 3, 1, 2) + lepe
     return out(result.permute(0, 2, 3, 1)) if isinstance(attn, RoutingAttention) else out(result).permute(0, 2, 3, 1)
 
 

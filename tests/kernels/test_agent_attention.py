@@ -310,7 +310,7 @@ REFUSALS = {
     ),
     "scale type": (dict(scale="big"), TypeError, "scale must be a number or None, got str"),
     "query scale type": (dict(query_scale=[1]), TypeError, "query_scale must be a number or None, got list"),
-    "backend": (dict(backend="triton"), ValueError, "backend must be one of auto, reference, sdpa, got 'triton'"),
+    "backend": (dict(backend="fast"), ValueError, "backend must be one of auto, reference, sdpa, triton, got 'fast'"),
 }
 
 
