@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from zoo.backbones._checkpoint import CheckedLoading
 from zoo.kernels._symbols import is_symbol
 from zoo.kernels.depthwise_conv import add_depthwise_conv
+from zoo.kernels.depthwise_conv.api import in_torch
 from zoo.kernels.layer_norm import layer_norm
 
 __all__ = [
@@ -132,13 +133,9 @@ class DepthwiseConv(nn.Conv2d):
         Returns:
             The shape of `base`.
         """
-        tokens = base.flatten(1, 2) if base.dim() == 4 else base
         if torch.jit.is_scripting():
-            local = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1).flatten(1, 2)
-            out = tokens + F.pad(local, (0, 0, tokens.shape[1] - local.shape[1], 0))
-        else:
-            out = add_depthwise_conv(tokens, x, self.weight, self.bias)
-        return out.unflatten(1, (x.shape[1], x.shape[2])) if base.dim() == 4 else out
+            return in_torch(base, x, self.weight, self.bias)
+        return add_depthwise_conv(base, x, self.weight, self.bias)
 
 
 class CheckpointedBlock(nn.Module):

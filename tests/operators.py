@@ -31,6 +31,7 @@ OURS = {  # operators with gradients of their own
     "halo": partial(halo_attention_2d, block_size=2, halo_size=1),
     "routing": partial(routing_attention_2d, region_size=2, topk=2),
 }
+ASKED = [*((name, backend) for name in OURS for backend in ("tiled", "triton")), ("agent", "triton")]
 CALLS = OURS | {"window": partial(window_attention_2d, window_size=2), "agent": _agents}
 
 

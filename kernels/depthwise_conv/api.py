@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels._autograd import is_eager, needs_grad, transformed
-from zoo.kernels._launch import HAS_TRITON, device_of
+from zoo.kernels._launch import HAS_TRITON
 from zoo.kernels.depthwise_conv import ops
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -21,8 +21,8 @@ def add_depthwise_conv(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
     sum are two more passes over memory. On an H200 all that takes twice as long as one kernel.
 
     Args:
-        base: [batch, tokens, channels], any floating dtype. Those of the map are the last ones, row by row; what is
-            before them, such as a class token, stays as it is.
+        base: [batch, height, width, channels], any floating dtype; or [batch, tokens, channels], of which those of the
+            map are the last ones, row by row, and what is before them, such as a class token, stays as it is.
         x: [batch, height, width, channels], any strides.
         weight: [channels, 1, size, size], an odd `size`.
         bias: [channels], or None.
@@ -33,29 +33,32 @@ def add_depthwise_conv(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
     """
     if not _takes_triton(base, x, weight, bias):
         return in_torch(base, x, weight, bias)
+    tokens = base.flatten(1, 2) if base.dim() == 4 else base
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    arguments = x, weight, bias, base, torch.promote_types(base.dtype, autocast)
-    if not is_eager(base, x, weight, bias):
-        return torch.ops.zoo.depthwise_conv_2d(*arguments)
-    from zoo.kernels.depthwise_conv import triton
-
-    with device_of(x):
-        run = ops.Convolution.apply if needs_grad(base, x, weight, bias) else triton.forward
-        return run(*arguments)
+    arguments = x, weight, bias, tokens, torch.promote_types(base.dtype, autocast)
+    if is_eager(base, x, weight, bias):
+        run = ops.Convolution.apply if needs_grad(base, x, weight, bias) else ops.forward
+    else:
+        run = torch.ops.zoo.depthwise_conv_2d
+    return run(*arguments).view(base.shape)
 
 
 def in_torch(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`add_depthwise_conv` in torch's own operators."""
     padding = weight.shape[-1] // 2
     out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
-    out = out.permute(0, 2, 3, 1).flatten(1, 2)
+    out = out.permute(0, 2, 3, 1)
+    if base.dim() == 4:
+        return base + out
+    out = out.flatten(1, 2)
     return base + F.pad(out, (0, 0, base.shape[1] - out.shape[1], 0))
 
 
 def _takes_triton(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not (x.is_cuda and HAS_TRITON) or torch.jit.is_tracing():
         return False
-    if not torch.compiler.is_compiling() and transformed():
+    # Compiled training is bound by the host, which operators of ours take more of than torch's.
+    if needs_grad(base, x, weight, bias) if torch.compiler.is_compiling() else transformed():
         return False
     tensors = [base, x, weight] if bias is None else [base, x, weight, bias]
     if not torch.is_autocast_enabled("cuda") and any(t.dtype != x.dtype for t in tensors[2:]):  # torch's error

@@ -18,19 +18,22 @@ torch.library.define(
 
 def fits(base: Tensor, x: Tensor) -> bool:
     """Whether the kernel takes these shapes: it counts tokens in 32 bits."""
-    batch, tokens, channels = base.shape
-    same = batch == x.shape[0] and channels == x.shape[3] and tokens >= x.shape[1] * x.shape[2]
-    return same and 0 < x.numel() and batch * tokens < 2**31 - 2**16
+    batch, height, width, channels = x.shape
+    if base.dim() == 3:
+        same = (base.shape[0], base.shape[2]) == (batch, channels) and base.shape[1] >= height * width
+    else:
+        same = base.shape == x.shape
+    return same and 0 < x.numel() and base.numel() // channels < 2**31 - 2**16
 
 
-def _forward(x, weight, bias, base, dtype) -> Tensor:
+def forward(x, weight, bias, base, dtype) -> Tensor:
     from zoo.kernels.depthwise_conv import triton
 
     with device_of(x):
         return triton.forward(x, weight, bias, base, dtype)
 
 
-torch.library.impl("zoo::depthwise_conv_2d", "CompositeExplicitAutograd", _forward)
+torch.library.impl("zoo::depthwise_conv_2d", "CompositeExplicitAutograd", forward)
 
 
 @torch.library.register_fake("zoo::depthwise_conv_2d")
@@ -53,7 +56,7 @@ def _backward(ctx, grad):
     d_x = d_weight = d_bias = d_base = None
     if ctx.needs_input_grad[0]:
         eager = is_eager(d_map, weight) and not needs_grad(d_map, weight)
-        run = _forward if eager else torch.ops.zoo.depthwise_conv_2d
+        run = forward if eager else torch.ops.zoo.depthwise_conv_2d
         d_x = run(d_map, weight.flip(2, 3), None, None, x.dtype).view(x.shape)
     if ctx.needs_input_grad[1]:
         d_weight = _weight_grad(d_map.to(x.dtype), x, weight)
@@ -83,6 +86,6 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         _save(ctx, inputs, None)
-        return _forward(*inputs)
+        return forward(*inputs)
 
     backward = staticmethod(_backward)

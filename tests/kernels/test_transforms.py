@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from operators import CALLS, MAP, OURS, random_inputs
+from operators import ASKED, CALLS, MAP, random_inputs
 from zoo.kernels import neighborhood_attention_2d_qkvpacked
 from zoo.kernels.layer_norm import triton as layer_norm
 from zoo.kernels.neighborhood.dense import dense_bias
@@ -51,11 +51,11 @@ def test_transforms_of_functions(name):
     torch.testing.assert_close(torch.func.jvp(of_one, tuple(inputs), tuple(tangents))[1], product)
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_backends_without_transforms(name):
+@pytest.mark.parametrize(("name", "backend"), ASKED)
+def test_backends_without_transforms(name, backend):
     """A backend that is asked for and cannot be differentiated so says what can."""
-    call = partial(OURS[name], backend="tiled")
-    inputs = tuple(random_inputs(MAP, MAP, MAP, grad=False))
+    call = partial(CALLS[name], backend=backend)
+    inputs = tuple(x.to(DEVICE) for x in random_inputs(MAP, MAP, MAP, dtype=torch.float32, grad=False))
     with pytest.raises(NotImplementedError, match="needs backend='reference'"):
         torch.func.jvp(call, inputs, inputs)
     with pytest.raises(NotImplementedError, match="needs backend='reference'"):
@@ -64,11 +64,12 @@ def test_backends_without_transforms(name):
         call(*(forward_ad.make_dual(x, x) for x in inputs))
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_second_order_is_an_error(name):
+@pytest.mark.parametrize(("name", "backend"), ASKED)
+def test_second_order_is_an_error(name, backend):
     """However it is asked for: a part of it may also come from operators around ours, and be wrong without a word."""
-    inputs = [x.to(DEVICE) for x in random_inputs(MAP, MAP, MAP)]
-    for call in (OURS[name], lambda *x: OURS[name](*x) + x[0].sum().square()):
+    inputs = random_inputs(MAP, MAP, MAP, dtype=torch.float32, device=DEVICE)
+    ours = partial(CALLS[name], backend=backend)
+    for call in (ours, lambda *x: ours(*x) + x[0].sum().square()):
         (gradient,) = torch.autograd.grad(loss(call, *inputs), inputs[:1], create_graph=True)
         with pytest.raises(NotImplementedError, match="first order; backend='reference'"):
             torch.autograd.grad(gradient.square().sum(), inputs[0], retain_graph=True)
