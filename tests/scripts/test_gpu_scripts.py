@@ -70,7 +70,9 @@ def test_help(name, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["bench_diffusion", "bench_gpu", "bench_models", "check_diffusion", "check_kernels"])
+@pytest.mark.parametrize(
+    "name", ["bench_agents", "bench_diffusion", "bench_gpu", "bench_models", "check_diffusion", "check_kernels"]
+)
 def test_without_a_gpu(name, monkeypatch):
     monkeypatch.setattr("sys.argv", [f"{name}.py"])
     with pytest.raises(SystemExit, match="needs a CUDA GPU"):
@@ -367,6 +369,24 @@ def test_model_errors_where_rounding_grows(bench_models, monkeypatch):
         model.get_parameter("stages.1.0.self_attn.pos_embed.height_rel").neg_()
     with pytest.raises(ValueError, match="in float32; 0"):
         bench_models.checked_error(model, model, job, torch.channels_last, amp=False)
+
+
+@pytest.mark.parametrize(("what", "sizes"), [("agents", (2, 17, 2, 8, 4)), ("convolution", (2, 5, 8, 3))])
+def test_agents(what, sizes, monkeypatch):
+    """Ours and torch's are the same function, and an error is no time."""
+    bench_agents = importlib.import_module("bench_agents")
+    monkeypatch.setattr(bench_agents, "randn", lambda *shape, dtype=None: torch.randn(*shape))
+    monkeypatch.setattr(bench_agents, "gpu_ms", lambda call: 1.5 if call() is None else 2.5)
+    make = getattr(bench_agents, what)
+    *times, worst = bench_agents.measure(make, sizes)
+    assert times == ["1.500", "1.500", "2.500", "2.500"]
+    assert float(worst) <= 2
+
+    def wrong(sizes):
+        inputs, ours, torchs = make(sizes)
+        return inputs, lambda *x: 1.001 * ours(*x), torchs
+
+    assert bench_agents.measure(wrong, sizes)[0] == "-"
 
 
 def test_batches_keep_the_pixels(bench_models):
