@@ -104,6 +104,11 @@ def differentiable_gradient(function: Callable, inputs: tuple[Tensor, ...], grad
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 
+def made_of_operators(grad_out: Tensor) -> bool:
+    """Whether a gradient is made of operators: to be differentiated, or because it is several at once."""
+    return torch.is_grad_enabled() or is_legacy_batchedtensor(grad_out)
+
+
 _KINDS = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 

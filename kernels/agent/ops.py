@@ -101,7 +101,8 @@ def _pool_backward(ctx, grad):
     height, width = ctx.size
     rows, cols = (_bins(n, ctx.side, grad) for n in (height, width))
     rows, cols = ((x / x.sum(1, keepdim=True)).to(grad.dtype).t() for x in (rows, cols))
-    grad = torch.matmul(rows, grad.view(grad.shape[0], ctx.side, -1)).unflatten(2, (ctx.side, -1))
+    batch, _, channels = grad.shape
+    grad = torch.matmul(rows, grad.reshape(batch, ctx.side, -1)).reshape(batch, height, ctx.side, channels)
     return torch.matmul(cols, grad), None
 
 

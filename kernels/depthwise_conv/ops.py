@@ -8,7 +8,7 @@ gradient of the weight, so there are any number of orders.
 import torch
 from torch import Tensor
 
-from zoo.kernels._autograd import is_eager, needs_grad
+from zoo.kernels._autograd import is_eager, made_of_operators
 from zoo.kernels._launch import device_of
 
 torch.library.define(
@@ -51,13 +51,14 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     bias_dtype, base_dtype = ctx.dtypes
-    _, height, width, channels = x.shape
-    d_map = grad[:, grad.shape[1] - height * width :].unflatten(1, (height, width))
+    prefix = grad.shape[1] - x.shape[1] * x.shape[2]
+    # Of several gradients at once (`is_grads_batched`), torch takes no slices that are all, and reshapes them only.
+    d_map = (grad if prefix == 0 else grad[:, prefix:]).reshape(x.shape)
     d_x = d_weight = d_bias = d_base = None
     if ctx.needs_input_grad[0]:
-        eager = is_eager(d_map, weight) and not needs_grad(d_map, weight)
+        eager = is_eager(d_map, weight) and not made_of_operators(grad)
         run = forward if eager else torch.ops.zoo.depthwise_conv_2d
-        d_x = run(d_map, weight.flip(2, 3), None, None, x.dtype).view(x.shape)
+        d_x = run(d_map, weight.flip(2, 3), None, None, x.dtype).reshape(x.shape)
     if ctx.needs_input_grad[1]:
         d_weight = _weight_grad(d_map.to(x.dtype), x, weight)
     if ctx.needs_input_grad[2]:

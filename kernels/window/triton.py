@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels._autograd import differentiable_gradient
+from zoo.kernels._autograd import differentiable_gradient, made_of_operators
 from zoo.kernels._launch import launch
 from zoo.kernels._sdpa import ALIGNMENT
 from zoo.kernels.neighborhood.dense import dense_bias
@@ -79,7 +79,7 @@ class DenseBias(torch.autograd.Function):
     def backward(ctx, d_bias: Tensor):
         (table,) = ctx.saved_tensors
         rows, cols, dtype = ctx.of
-        if torch.is_grad_enabled():
+        if made_of_operators(d_bias):
             grads = differentiable_gradient(lambda x: dense_bias(x, rows, cols, dtype), (table,), d_bias)
             return *grads, None, None, None
         d_table = d_bias.new_empty(table.shape, dtype=table.dtype)

@@ -7,6 +7,9 @@ import torch
 
 from operators import ASKED, CALLS, MAP, OURS, random_inputs
 from zoo.kernels import explain_backend, halo_attention_2d, neighborhood_attention_2d, pool_agents
+from zoo.kernels.depthwise_conv import ops as depthwise_conv
+from zoo.kernels.layer_norm import triton as layer_norm
+from zoo.kernels.window import triton as window_bias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,6 +53,33 @@ def test_several_gradients_at_once(name):
     for i in range(2):
         one = torch.autograd.grad(out, (query, key, value), weights[i], retain_graph=True)
         torch.testing.assert_close([x[i] for x in both], list(one))
+
+
+SMALL = {  # kernels beside the operators, with the shapes of their inputs
+    "convolution": (
+        lambda x, *others: depthwise_conv.Convolution.apply(x, *others, torch.float32),
+        [(2, 3, 4, 8), (8, 1, 3, 3), (8,), (2, 13, 8)],
+    ),
+    "registered convolution": (
+        lambda x, *others: torch.ops.zoo.depthwise_conv_2d(x, *others, torch.float32),
+        [(2, 3, 4, 8), (8, 1, 3, 3), (8,), (2, 12, 8)],
+    ),
+    "pooling": (lambda x: torch.ops.zoo.pool_agents(x, 2), [(2, 3, 4, 8)]),
+    "layer norm": (lambda *inputs: layer_norm.LayerNorm.apply(*inputs, 1e-5, torch.float32), [(5, 8), (8,), (8,)]),
+    "bias of windows": (lambda table: window_bias.DenseBias.apply(table, 3, 4, torch.float32), [(2, 5, 7)]),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_several_gradients_of_small_kernels(name):
+    call, shapes = SMALL[name]
+    inputs = random_inputs(*shapes, dtype=torch.float32, device=DEVICE)
+    out = call(*inputs)
+    weights = torch.randn(2, *out.shape, device=DEVICE)
+    both = torch.autograd.grad(out, inputs, weights, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        one = torch.autograd.grad(out, inputs, weights[i], retain_graph=True)
+        torch.testing.assert_close([x[i] for x in both], list(one), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CALLS)
