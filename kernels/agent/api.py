@@ -159,7 +159,7 @@ def _check_pooling(query, side) -> None:
 
 
 def _pools_by_triton(query: Tensor) -> bool:
-    """Where nothing needs a gradient: on an H200 torch's pooling takes up to five times as long."""
+    """Where nothing needs a gradient: on an H200 torch's pooling takes two to six times as long."""
     if not (query.is_cuda and HAS_TRITON and query.element_size() <= 4) or torch.jit.is_tracing():
         return False
     return (torch.compiler.is_compiling() or is_eager(query)) and not needs_grad(query)
