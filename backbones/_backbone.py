@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from zoo.backbones._checkpoint import CheckedLoading
 from zoo.kernels._symbols import is_symbol
 from zoo.kernels.depthwise_conv import add_depthwise_conv
-from zoo.kernels.depthwise_conv.api import in_torch
 from zoo.kernels.layer_norm import layer_norm
 
 __all__ = [
@@ -133,8 +132,6 @@ class DepthwiseConv(nn.Conv2d):
         Returns:
             The shape of `base`.
         """
-        if torch.jit.is_scripting():
-            return in_torch(base, x, self.weight, self.bias)
         return add_depthwise_conv(base, x, self.weight, self.bias)
 
 

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from zoo.kernels._autograd import is_eager, needs_grad
 from zoo.kernels._checks import check_bias, check_map, check_tensors, resolve_backend, resolve_scale
-from zoo.kernels._launch import HAS_TRITON, device_of
+from zoo.kernels._launch import HAS_TRITON
 from zoo.kernels._symbols import is_symbol
 from zoo.kernels.agent import ops, reference, sdpa
 
@@ -53,11 +53,13 @@ def agent_attention(
             one or raise.
 
     Returns:
-        [batch, queries, heads, value_dim], dtype of `query`.
+        [batch, queries, heads, value_dim], dtype of `query`. Gradients of "triton" are of first order;
+        backend="reference" also has higher ones.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
-        ValueError: An argument has the wrong shape or device, there are no keys or agents, or `backend` is unknown.
+        ValueError: An argument has the wrong shape or device, there are no keys or agents, or `backend` is unknown or
+            does not support the call.
     """
     tensors = query, key, value, agent
     if has_torch_function((*tensors, agent_bias, query_bias)):  # torch.fx records one call
@@ -166,15 +168,8 @@ def _pools_by_triton(query: Tensor) -> bool:
 
 
 def _pool_by_triton(query: Tensor, side: int) -> Tensor:
-    x = query.flatten(3)
-    if torch.compiler.is_compiling():
-        agents = torch.ops.zoo.pool_agents(x, side)
-    else:
-        from zoo.kernels.agent import triton
-
-        with device_of(x):
-            agents = triton.pool(x, side)
-    return agents.unflatten(2, (query.shape[3], query.shape[4]))
+    run = torch.ops.zoo.pool_agents if torch.compiler.is_compiling() else ops.pool
+    return run(query.flatten(3), side).unflatten(2, (query.shape[3], query.shape[4]))
 
 
 def _is_large(query: Tensor) -> bool:

@@ -77,14 +77,14 @@ agent_attention = register_gradient("agent_attention", _forward, _backward, inpu
 torch.library.define("zoo::pool_agents", "(Tensor x, int side) -> Tensor")
 
 
-def _pool(x, side):
+def pool(x, side):
     from zoo.kernels.agent import triton
 
     with device_of(x):
         return triton.pool(x, side)
 
 
-torch.library.impl("zoo::pool_agents", "CompositeExplicitAutograd", _pool)
+torch.library.impl("zoo::pool_agents", "CompositeExplicitAutograd", pool)
 
 
 @torch.library.register_fake("zoo::pool_agents")

@@ -15,22 +15,34 @@ from torch import Tensor
 
 from zoo.kernels._launch import launch
 from zoo.kernels._symbols import ceil_div
+from zoo.kernels.neighborhood.triton.common import load, store
 
 PROGRAMS = 1024  # among which keys, or images where gradients of the biases add up, are split at most
 
 
 @triton.jit
+def locate(heads, tiles):
+    """Of this program the head, the tile, and the image or part. Heads first: they share cache lines."""
+    pid = tl.program_id(0)
+    return (pid % heads).to(tl.int64), pid // heads % tiles, (pid // heads // tiles).to(tl.int64)
+
+
+@triton.jit
+def row_pointers(tensor, strides, batch, head, row, d):
+    """Pointers [R, D] to rows of an image and a head."""
+    rows = tensor + batch * strides[0] + head * strides[2] + row.to(tl.int64)[:, None] * strides[1]
+    return rows + d[None, :] * strides[3]
+
+
+@triton.jit
 def load_rows(tensor, strides, batch, head, row, rows, d, dim):
-    """[R, D] of rows of an image and a head, 0 beyond the last."""
-    place = tensor + batch * strides[0] + head * strides[2] + row.to(tl.int64)[:, None] * strides[1]
-    return tl.load(place + d[None, :] * strides[3], mask=(row < rows)[:, None] & (d < dim)[None, :], other=0.0)
+    """[R, D], 0 beyond the last row."""
+    return load(row_pointers(tensor, strides, batch, head, row, d), row < rows, d, dim, False)
 
 
 @triton.jit
 def store_rows(tensor, strides, batch, head, row, rows, d, dim, values):
-    place = tensor + batch * strides[0] + head * strides[2] + row.to(tl.int64)[:, None] * strides[1]
-    place += d[None, :] * strides[3]
-    tl.store(place, values.to(tensor.dtype.element_ty), mask=(row < rows)[:, None] & (d < dim)[None, :])
+    store(row_pointers(tensor, strides, batch, head, row, d), values, row < rows, d, dim, False)
 
 
 @triton.jit
@@ -97,8 +109,7 @@ def gather_kernel(
 
     If those are all keys, WHOLE, means and log-sum-exp are stored instead of sums, largest logits and totals.
     """
-    head, part = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads % parts
-    batch = (tl.program_id(0) // heads // parts).to(tl.int64)
+    head, part, batch = locate(heads, parts)
     agent, d, v_d = tl.arange(0, A), tl.arange(0, D), tl.arange(0, V)
     a = load_rows(agent_tokens, a_strides, batch, head, agent, agents, d, dim)
     acc = tl.zeros([A, V], dtype=tl.float32)
@@ -114,13 +125,13 @@ def gather_kernel(
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top, total = new_top, total * shrink + tl.sum(weights, 1)
     rows = ((batch * heads + head) * parts + part) * agents + agent
-    inside, inside_v = agent < agents, (agent < agents)[:, None] & (v_d < v_dim)[None, :]
+    inside = agent < agents
     if WHOLE:
         acc /= total[:, None]
         top += tl.log(total)
     else:
         tl.store(totals + rows, total, mask=inside)
-    tl.store(sums + rows[:, None] * v_dim + v_d[None, :], acc.to(sums.dtype.element_ty), mask=inside_v)
+    store(sums + rows[:, None] * v_dim + v_d[None, :], acc, inside, v_d, v_dim, False)
     tl.store(tops + rows, top, mask=inside)
 
 
@@ -140,7 +151,7 @@ def merge_kernel(
     """One program per image and head: what agents gathered from parts of the keys, put together."""
     image = tl.program_id(0).to(tl.int64)
     agent, v_d = tl.arange(0, A), tl.arange(0, V)
-    inside, inside_v = agent < agents, (agent < agents)[:, None] & (v_d < v_dim)[None, :]
+    inside = agent < agents
     acc = tl.zeros([A, V], dtype=tl.float32)
     top = tl.full([A], -1e30, dtype=tl.float32)
     total = tl.zeros([A], dtype=tl.float32)
@@ -149,13 +160,12 @@ def merge_kernel(
         part_top = tl.load(tops + rows, mask=inside, other=0.0)
         new_top = tl.maximum(top, part_top)
         shrink, weight = tl.exp(top - new_top), tl.exp(part_top - new_top)
-        part_sums = tl.load(sums + rows[:, None] * v_dim + v_d[None, :], mask=inside_v, other=0.0)
+        part_sums = load(sums + rows[:, None] * v_dim + v_d[None, :], inside, v_d, v_dim, False)
         acc = acc * shrink[:, None] + part_sums * weight[:, None]
         total = total * shrink + tl.load(totals + rows, mask=inside, other=1.0) * weight
         top = new_top
     rows = image * agents + agent
-    values = (acc / total[:, None]).to(gathered.dtype.element_ty)
-    tl.store(gathered + rows[:, None] * v_dim + v_d[None, :], values, mask=inside_v)
+    store(gathered + rows[:, None] * v_dim + v_d[None, :], acc / total[:, None], inside, v_d, v_dim, False)
     tl.store(lse + rows, top + tl.log(total), mask=inside)
 
 
@@ -186,8 +196,7 @@ def read_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per image, M queries and head."""
-    head, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads % tiles
-    batch = (tl.program_id(0) // heads // tiles).to(tl.int64)
+    head, tile, batch = locate(heads, tiles)
     m, agent, d, v_d = tile * M + tl.arange(0, M), tl.arange(0, A), tl.arange(0, D), tl.arange(0, V)
     q = load_rows(query, q_strides, batch, head, m, queries, d, dim)
     a = load_rows(agent_tokens, a_strides, batch, head, agent, agents, d, dim)
@@ -231,8 +240,7 @@ def read_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per head, M queries and every one of `parts` images: what they add to the bias stays with it."""
-    head, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads % tiles
-    part = (tl.program_id(0) // heads // tiles).to(tl.int64)
+    head, tile, part = locate(heads, tiles)
     m, agent, d, v_d = tile * M + tl.arange(0, M), tl.arange(0, A), tl.arange(0, D), tl.arange(0, V)
     inside = agent < agents
     total = tl.zeros([M, A], dtype=tl.float32)
@@ -251,11 +259,11 @@ def read_backward_kernel(
         d_a = tl.dot(tl.trans(d_logits), q, input_precision=PRECISION) * scale
         d_g = tl.dot(tl.trans(weights.to(d_o.dtype)), d_o, input_precision=PRECISION)
         rows = ((batch * heads + head) * tiles + tile) * agents + agent
-        tl.store(d_agents + rows[:, None] * dim + d[None, :], d_a, mask=inside[:, None] & (d < dim)[None, :])
-        tl.store(d_gathered + rows[:, None] * v_dim + v_d[None, :], d_g, mask=inside[:, None] & (v_d < v_dim)[None, :])
+        store(d_agents + rows[:, None] * dim + d[None, :], d_a, inside, d, dim, False)
+        store(d_gathered + rows[:, None] * v_dim + v_d[None, :], d_g, inside, v_d, v_dim, False)
     if HAS_BIAS:
         rows = (part * heads + head) * queries + m
-        tl.store(d_bias + rows[:, None] * agents + agent[None, :], total, mask=(m < queries)[:, None] & inside[None, :])
+        store(d_bias + rows[:, None] * agents + agent[None, :], total, m < queries, agent, agents, False)
 
 
 @triton.jit
@@ -294,8 +302,7 @@ def gather_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program per head, M keys and every one of `parts` images."""
-    head, tile = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads % tiles
-    part = (tl.program_id(0) // heads // tiles).to(tl.int64)
+    head, tile, part = locate(heads, tiles)
     m, agent, d, v_d = tile * M + tl.arange(0, M), tl.arange(0, A), tl.arange(0, D), tl.arange(0, V)
     inside = agent < agents
     total = tl.zeros([A, M], dtype=tl.float32)
@@ -304,9 +311,9 @@ def gather_backward_kernel(
         k = load_rows(key, k_strides, batch, head, m, keys, d, dim)
         v = load_rows(value, v_strides, batch, head, m, keys, v_d, v_dim)
         rows = (batch * heads + head) * agents + agent
-        place, inside_v = rows[:, None] * v_dim + v_d[None, :], inside[:, None] & (v_d < v_dim)[None, :]
-        d_g = tl.load(d_gathered + place, mask=inside_v, other=0.0)
-        shift = tl.sum(d_g * tl.load(gathered + place, mask=inside_v, other=0.0).to(tl.float32), 1)
+        place = rows[:, None] * v_dim + v_d[None, :]
+        d_g = load(d_gathered + place, inside, v_d, v_dim, False)
+        shift = tl.sum(d_g * load(gathered + place, inside, v_d, v_dim, False).to(tl.float32), 1)
         logits = gather_logits(a, k, bias, b_strides, head, m, keys, agent, agents, scale, HAS_BIAS, PRECISION)
         # Of agents beyond the last the logits are 0, and their gradients too.
         weights = tl.exp(logits - tl.load(lse + rows, mask=inside, other=0.0)[:, None])
@@ -320,10 +327,10 @@ def gather_backward_kernel(
         store_rows(d_key, dk_strides, batch, head, m, keys, d, dim, d_k)
         d_a = tl.dot(d_logits, k, input_precision=PRECISION) * scale
         rows = ((batch * heads + head) * tiles + tile) * agents + agent
-        tl.store(d_agents + rows[:, None] * dim + d[None, :], d_a, mask=inside[:, None] & (d < dim)[None, :])
+        store(d_agents + rows[:, None] * dim + d[None, :], d_a, inside, d, dim, False)
     if HAS_BIAS:
         rows = (part * heads + head) * agents + agent
-        tl.store(d_bias + rows[:, None] * keys + m[None, :], total, mask=inside[:, None] & (m < keys)[None, :])
+        store(d_bias + rows[:, None] * keys + m[None, :], total, inside, m, keys, False)
 
 
 @triton.jit
@@ -357,19 +364,17 @@ def pool_kernel(
 
 @triton.jit
 def neighbors(i, size, length):
-    """Where place `i` of an axis stretched to `size` lies on the `length` entries that it has: between which two, and
-    the weight of the second."""
+    """Between which two of `length` entries place `i` lies where they are stretched to `size`; weight of the second."""
     at = tl.maximum((i.to(tl.float32) + 0.5) * (length / size) - 0.5, 0.0)
     first = tl.minimum(at.to(tl.int32), length - 1)
     return first, tl.minimum(first + 1, length - 1), at - first
 
 
 @triton.jit
-def line_values(line, strides, head, agent, first, second, weight, inside):
-    """Of a table of one axis [heads, agents, length]."""
-    line += head * strides[0] + agent * strides[1]
-    values = tl.load(line + first * strides[2], mask=inside, other=0.0).to(tl.float32) * (1.0 - weight)
-    return values + tl.load(line + second * strides[2], mask=inside, other=0.0).to(tl.float32) * weight
+def between(line, stride, first, second, weight, inside):
+    """Mean of two entries of a line, of which the second has this weight."""
+    values = tl.load(line + first * stride, mask=inside, other=0.0).to(tl.float32) * (1.0 - weight)
+    return values + tl.load(line + second * stride, mask=inside, other=0.0).to(tl.float32) * weight
 
 
 @triton.jit
@@ -411,16 +416,15 @@ def map_bias_kernel(
     top, bottom, down = neighbors(y, height, table_height)
     left, right, across = neighbors(z, width, table_width)
     place = table + head * strides[0] + agent * strides[1]
-    upper, lower = place + top * strides[2], place + bottom * strides[2]
-    a = tl.load(upper + left * strides[3], mask=on_map, other=0.0).to(tl.float32)
-    b = tl.load(upper + right * strides[3], mask=on_map, other=0.0).to(tl.float32)
-    c = tl.load(lower + left * strides[3], mask=on_map, other=0.0).to(tl.float32)
-    d = tl.load(lower + right * strides[3], mask=on_map, other=0.0).to(tl.float32)
-    values = (a * (1.0 - across) + b * across) * (1.0 - down) + (c * (1.0 - across) + d * across) * down
+    upper = between(place + top * strides[2], strides[3], left, right, across, on_map)
+    lower = between(place + bottom * strides[2], strides[3], left, right, across, on_map)
+    values = upper * (1.0 - down) + lower * down
     top, bottom, down = neighbors(y, height, row_length)
-    values += line_values(rows, row_strides, head, agent, top, bottom, down, on_map)
+    place = rows + head * row_strides[0] + agent * row_strides[1]
+    values += between(place, row_strides[2], top, bottom, down, on_map)
     left, right, across = neighbors(z, width, col_length)
-    values += line_values(cols, col_strides, head, agent, left, right, across, on_map)
+    place = cols + head * col_strides[0] + agent * col_strides[1]
+    values += between(place, col_strides[2], left, right, across, on_map)
     if PREFIX:
         place = first + head * first_strides[0] + agent * first_strides[1]
         values = tl.where(m < PREFIX, tl.load(place, mask=inside & (m < PREFIX), other=0.0).to(tl.float32), values)
@@ -491,7 +495,8 @@ def forward(
         launch(merge_kernel, images, (sums, tops, totals, gathered, lse, p.agents, p.v_dim, parts), options)
     if p.queries > 0:
         tiles = ceil_div(p.queries, p.m)
-        inputs = query, query.stride(), agent, agent.stride(), gathered, _token_strides(gathered)
+        by_token = gathered.transpose(1, 2)  # as the others are
+        inputs = query, query.stride(), agent, agent.stride(), by_token, by_token.stride()
         inputs = *inputs, *_bias(query_bias, query), out, out.stride()
         launch(
             read_kernel,
@@ -514,7 +519,8 @@ def backward(
     d_agents = lse.new_empty(p.batch, p.heads, tiles, p.agents, p.dim)
     d_gathered = lse.new_empty(p.batch, p.heads, tiles, p.agents, p.v_dim)
     d_query_bias = None if query_bias is None else lse.new_empty(parts, p.heads, p.queries, p.agents)
-    inputs = d_out, d_out.stride(), query, query.stride(), agent, agent.stride(), gathered, _token_strides(gathered)
+    by_token = gathered.transpose(1, 2)  # as the others are
+    inputs = d_out, d_out.stride(), query, query.stride(), agent, agent.stride(), by_token, by_token.stride()
     outputs = d_query, d_query.stride(), d_agents, d_gathered, d_agents if d_query_bias is None else d_query_bias
     launch(
         read_backward_kernel,
@@ -540,12 +546,6 @@ def backward(
     d_agent = (d_agent + d_agents.sum(2)).transpose(1, 2).to(agent.dtype).contiguous()
     biases = ((d_agent_bias, agent_bias), (d_query_bias, query_bias))
     return d_query, d_key, d_value, d_agent, *(None if d is None else d.sum(0).to(x.dtype) for d, x in biases)
-
-
-def _token_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of [batch, heads, tokens, dim] in the order of the others."""
-    batch, head, token, dim = x.stride()
-    return batch, token, head, dim
 
 
 def pool(x: Tensor, side: int) -> Tensor:

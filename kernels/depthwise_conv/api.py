@@ -31,8 +31,13 @@ def add_depthwise_conv(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
         The shape of `base`, in the dtype to which torch promotes it and the convolution, which under autocast is of
         autocast's.
     """
-    if not _takes_triton(base, x, weight, bias):
-        return in_torch(base, x, weight, bias)
+    if not torch.jit.is_scripting():
+        if _takes_triton(base, x, weight, bias):
+            return _in_triton(base, x, weight, bias)
+    return in_torch(base, x, weight, bias)
+
+
+def _in_triton(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens = base.flatten(1, 2) if base.dim() == 4 else base
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     arguments = x, weight, bias, tokens, torch.promote_types(base.dtype, autocast)
